@@ -1,0 +1,519 @@
+r"""Linear operators: matrices that one can only multiply by.
+
+An operator :math:`A \in \mathbb{R}^{m \times n}` is known by its product with a block of
+columns, ``A.matmat(V)`` with ``V`` of shape ``[n, K]``. Everything else - products with one
+vector, sums, scalings, products of operators, shifts, submatrices, per-layer blocks - follows
+from that one function, and so does the dense matrix where it fits.
+
+Columns are the last axis, as in SciPy. Blocks that curvlib makes are *column-contiguous*
+(``V.T`` is contiguous), so that one column is one contiguous vector; blocks of any other layout
+are accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+    from curvlib.core.space import ParamSpace
+
+#: What selects rows or columns: indices, a boolean mask, a slice, or parameter-name globs.
+Index = Tensor | slice | Sequence[int] | str | Sequence[str]
+Matmat = Callable[[Tensor], Tensor]
+
+
+class LinearOperator:
+    """A matrix that is known by its products.
+
+    Args:
+        matmat: Maps columns ``[n, K]`` to ``[m, K]``. It may rely on the dtype, device and
+            shape of its argument, which are checked before, and must not change it.
+        shape: ``(m, n)``.
+        dtype: Type of the vectors (``torch.float32`` or ``torch.float64``).
+        device: Where the vectors live.
+        rmatmat: Product with the transpose, ``[m, K]`` to ``[n, K]``. Symmetric operators
+            need none.
+        symmetric: Whether ``A == A.T``.
+        psd: Whether the operator is known to be symmetric positive semi-definite.
+        space: The parameters that index rows and columns, where there are any.
+        name: What is measured, for legends and reports (``"Hessian"``).
+        identity: A string, or a function that returns one, which differs between operators
+            that differ: checkpoints are matched by it.
+        restrict: Returns the operator of a subset of the parameters (given by name) where
+            that is cheaper than a submatrix.
+
+    Example:
+        >>> import torch
+        >>> A = LinearOperator(lambda V: 2 * V, (3, 3), dtype=torch.float64, symmetric=True)
+        >>> (A.shift(1.0) @ torch.ones(3, dtype=torch.float64)).tolist()
+        [3.0, 3.0, 3.0]
+    """
+
+    __array_ufunc__ = None  # NumPy scalars on the left defer to __rmul__
+
+    def __init__(
+        self,
+        matmat: Matmat,
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        rmatmat: Matmat | None = None,
+        symmetric: bool = False,
+        psd: bool = False,
+        space: ParamSpace | None = None,
+        name: str = "operator",
+        identity: str | Callable[[], str] = "",
+        restrict: Callable[[tuple[str, ...]], LinearOperator] | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"operators work on float32 or float64 vectors, got {dtype}; "
+                "convert the matrix, or use a model's operator, whose vectors are float32 "
+                "whatever its parameters are"
+            )
+        if (symmetric or psd) and shape[0] != shape[1]:
+            raise ValueError(f"a symmetric operator is square, got shape {tuple(shape)}")
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.symmetric = symmetric or psd
+        self.psd = psd
+        self.space = space
+        self.name = name
+        self._product = matmat
+        self._transposed_product = matmat if self.symmetric else rmatmat
+        self._identity = identity
+        self._restrict = restrict
+        self._base: LinearOperator | None = None  # what this is the transpose of
+
+    # ---------------------------------------------------------------- products
+    def matmat(self, columns: Tensor) -> Tensor:
+        """Product with a block of columns.
+
+        Args:
+            columns: ``[n, K]``, of the operator's dtype and device.
+
+        Returns:
+            ``[m, K]``.
+
+        Raises:
+            TypeError: If ``columns`` is no tensor or of another dtype.
+            ValueError: If its shape or device does not fit.
+        """
+        return self._multiply(columns, self._product, self.shape)
+
+    def rmatmat(self, columns: Tensor) -> Tensor:
+        """Product of the transpose with a block of columns, ``[m, K]`` to ``[n, K]``."""
+        if self._transposed_product is None:
+            raise TypeError(
+                f"{self!r} has no product with its transpose; pass rmatmat= when you build it"
+            )
+        return self._multiply(columns, self._transposed_product, self.shape[::-1])
+
+    def _multiply(self, columns: Tensor, product: Matmat, shape: tuple[int, ...]) -> Tensor:
+        rows, length = shape
+        if not isinstance(columns, Tensor):
+            raise TypeError(
+                f"expected a torch.Tensor of shape [{length}, K], got {type(columns).__name__}; "
+                "torch.from_numpy(x) converts NumPy arrays, curvlib.to_scipy(op) gives an "
+                "operator for NumPy"
+            )
+        if columns.ndim != 2 or columns.shape[0] != length:
+            raise ValueError(
+                f"expected columns of shape [{length}, K], got {list(columns.shape)}; "
+                f"{self!r} multiplies vectors of length {length}"
+            )
+        if columns.dtype != self.dtype:
+            raise TypeError(
+                f"expected {self.dtype} vectors, got {columns.dtype}; "
+                f"curvlib never casts silently: use v.to({self.dtype})"
+            )
+        if columns.device != self.device:
+            raise ValueError(
+                f"expected vectors on {self.device}, got {columns.device}; "
+                f"use v.to({str(self.device)!r})"
+            )
+        if columns.shape[1] == 0:
+            return columns.new_zeros((rows, 0))
+        out = product(columns)
+        if out.shape != (rows, columns.shape[1]):
+            raise ValueError(
+                f"the product of {self!r} with {list(columns.shape)} should have shape "
+                f"{[rows, columns.shape[1]]}, but matmat returned {list(out.shape)}"
+            )
+        return out
+
+    def __matmul__(self, other: Any) -> Any:
+        """``A @ v``, ``A @ V`` or ``A @ B``."""
+        if isinstance(other, LinearOperator):
+            return _product(self, other)
+        if isinstance(other, Tensor) and other.ndim == 1:
+            return self.matmat(_as_column(other, self.shape[1]))[:, 0]
+        return self.matmat(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``v @ A`` (a row vector) or ``V @ A`` with rows ``[K, m]``."""
+        if isinstance(other, Tensor) and other.ndim == 1:
+            return self.rmatmat(_as_column(other, self.shape[0]))[:, 0]
+        if isinstance(other, Tensor):
+            return self.rmatmat(other.mT).mT
+        return NotImplemented
+
+    # ----------------------------------------------------------------- algebra
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802 (the name that NumPy and torch use)
+        """The transpose."""
+        if self.symmetric:
+            return self
+        if self._base is not None:
+            return self._base
+        out = self._like(
+            self.rmatmat,
+            rmatmat=self.matmat,
+            shape=self.shape[::-1],
+            name=f"{self.name}.T",
+            symmetric=False,
+            psd=False,
+        )
+        out._base = self
+        return out
+
+    def __add__(self, other: Any) -> LinearOperator:
+        other = _operand(self, other, "+")
+        if other is NotImplemented:
+            return NotImplemented
+        return _combine(self, other, 1.0)
+
+    def __sub__(self, other: Any) -> LinearOperator:
+        other = _operand(self, other, "-")
+        if other is NotImplemented:
+            return NotImplemented
+        return _combine(self, other, -1.0)
+
+    def __radd__(self, other: Any) -> LinearOperator:
+        other = _operand(self, other, "+")
+        if other is NotImplemented:
+            return NotImplemented
+        return _combine(other, self, 1.0)
+
+    def __rsub__(self, other: Any) -> LinearOperator:
+        other = _operand(self, other, "-")
+        if other is NotImplemented:
+            return NotImplemented
+        return _combine(other, self, -1.0)
+
+    def __mul__(self, factor: Any) -> LinearOperator:
+        factor = _scalar(factor)
+        if factor is None:
+            return NotImplemented
+        return self._like(
+            lambda V: self.matmat(V) * factor,
+            rmatmat=lambda V: self.rmatmat(V) * factor,
+            psd=self.psd and factor >= 0,
+            name=f"{factor:g} * {_group(self.name)}",
+            identity=lambda: f"{self.fingerprint()}*{factor!r}",
+            restrict=_lift(lambda op: op * factor, self),
+        )
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> LinearOperator:
+        value = _scalar(divisor)
+        if value is None:
+            return NotImplemented
+        if value == 0.0:
+            raise ValueError(f"cannot divide {self!r} by zero")
+        return self * (1.0 / value)
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1.0
+
+    def shift(self, value: float) -> LinearOperator:
+        """``A + value * I``, for a square operator (damping, deflation, spectral shifts)."""
+        self._require_square("shift")
+        value = float(value)
+        return self._like(
+            lambda V: self.matmat(V) + value * V,
+            rmatmat=lambda V: self.rmatmat(V) + value * V,
+            psd=self.psd and value >= 0,
+            name=f"{self.name} {'+' if value >= 0 else '-'} {abs(value):g} I",
+            identity=lambda: f"{self.fingerprint()}+{value!r}",
+            restrict=_lift(lambda op: op.shift(value), self),
+        )
+
+    def submatrix(self, rows: Index, columns: Index | None = None) -> LinearOperator:
+        """The operator of some rows and columns.
+
+        Args:
+            rows: Indices, a boolean mask, a slice, or name globs of parameters (where the
+                operator has a ``space``).
+            columns: The same for columns; the same selection as ``rows`` when omitted.
+                Products multiply zero-padded vectors: for the block of some parameters,
+                :meth:`blocks` is cheaper.
+
+        Raises:
+            ValueError: If an index is out of range, or a glob matches nothing.
+        """
+        same = columns is None
+        left = self._indices(rows, 0)
+        right = left if columns is None else self._indices(columns, 1)
+
+        def embed(V: Tensor, index: Tensor, length: int) -> Tensor:
+            full = V.new_zeros((V.shape[1], length)).T
+            return full.index_copy_(0, index, V)
+
+        return self._like(
+            lambda V: self.matmat(embed(V, right, self.shape[1])).index_select(0, left),
+            rmatmat=lambda V: self.rmatmat(embed(V, left, self.shape[0])).index_select(0, right),
+            shape=(left.numel(), right.numel()),
+            symmetric=self.symmetric and same,
+            psd=self.psd and same,
+            space=None,
+            name=f"{_group(self.name)}[{left.numel()} x {right.numel()}]",
+            identity=lambda: (
+                f"{self.fingerprint()}[{_digest_indices(left)},{_digest_indices(right)}]"
+            ),
+        )
+
+    def blocks(self) -> dict[str, LinearOperator]:
+        """Diagonal blocks, one for each layer (module that owns parameters), by name.
+
+        Raises:
+            ValueError: If the operator is not indexed by parameters.
+        """
+        if self.space is None:
+            raise ValueError(
+                f"{self!r} is not indexed by parameters, so it has no layers; "
+                "use submatrix(indices)"
+            )
+        out: dict[str, LinearOperator] = {}
+        for layer, names in self.space.layers().items():
+            if self._restrict is not None:
+                out[layer] = self._restrict(names)
+            else:
+                where = [torch.arange(s.start, s.stop) for s in map(self.space.slice, names)]
+                out[layer] = self.submatrix(torch.cat(where))
+        return out
+
+    # ------------------------------------------------------------- conversions
+    def to_dense(self, *, block: int = 64) -> Tensor:
+        """The matrix ``[m, n]``, by products with ``block`` columns of the identity at a time."""
+        rows, columns = self.shape
+        out = torch.empty((columns, rows), dtype=self.dtype, device=self.device).T
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            eye = torch.zeros((stop - start, columns), dtype=self.dtype, device=self.device)
+            eye[:, start:stop].fill_diagonal_(1.0)
+            out[:, start:stop] = self.matmat(eye.T)
+        return out
+
+    def to_scipy(self) -> ScipyOperator:
+        """A :class:`scipy.sparse.linalg.LinearOperator`: see :func:`curvlib.to_scipy`."""
+        from curvlib.core.interop import to_scipy
+
+        return to_scipy(self)
+
+    def fingerprint(self) -> str:
+        """A digest that differs between different operators, by which checkpoints are matched."""
+        identity = self._identity() if callable(self._identity) else self._identity
+        text = f"{self.name}|{self.shape}|{self.dtype}|{identity}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        kind = "psd " if self.psd else "symmetric " if self.symmetric else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<{self.name}: {kind}{self.shape[0]} x {self.shape[1]}, {dtype}, {self.device}>"
+
+    # ----------------------------------------------------------------- private
+    def _like(self, matmat: Matmat, **changes: Any) -> LinearOperator:
+        """An operator with this one's properties, except for ``changes``."""
+        if self._transposed_product is None:
+            changes.pop("rmatmat", None)
+        settings: dict[str, Any] = {
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "device": self.device,
+            "symmetric": self.symmetric,
+            "psd": self.psd,
+            "space": self.space,
+            "name": self.name,
+            "identity": self.fingerprint,
+        }
+        return LinearOperator(matmat, **(settings | changes))
+
+    def _require_square(self, what: str) -> None:
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(f"{what} needs a square operator, got shape {self.shape}")
+
+    def _indices(self, index: Index, axis: int) -> Tensor:
+        length = self.shape[axis]
+        if isinstance(index, str):
+            index = [index]
+        if isinstance(index, Sequence) and len(index) > 0 and isinstance(index[0], str):
+            if self.space is None:
+                raise ValueError(
+                    f"{self!r} is not indexed by parameters: select by indices, not {index!r}"
+                )
+            names = [n for n in self.space.names if any(fnmatchcase(n, g) for g in index)]  # type: ignore[arg-type]
+            if not names:
+                raise ValueError(f"no parameter matches {index!r}; there are {self.space.names}")
+            parts = [torch.arange(s.start, s.stop) for s in map(self.space.slice, names)]
+            return torch.cat(parts).to(self.device)
+        if isinstance(index, slice):
+            return torch.arange(length, device=self.device)[index]
+        where = torch.as_tensor(index, device=self.device)
+        if where.dtype == torch.bool:
+            if where.shape != (length,):
+                raise ValueError(f"a mask needs shape [{length}], got {list(where.shape)}")
+            return where.nonzero()[:, 0]
+        where = where.to(torch.int64).flatten()
+        if where.numel() and not (-length <= int(where.min()) and int(where.max()) < length):
+            raise ValueError(f"indices must lie in [{-length}, {length}), got {where.tolist()}")
+        where = where % length
+        if where.unique().numel() != where.numel():
+            raise ValueError("indices of a submatrix must not repeat")
+        return where
+
+
+def as_operator(matrix: LinearOperator | Tensor) -> LinearOperator:
+    """An operator as it is, or a dense square or rectangular tensor as an operator.
+
+    Raises:
+        TypeError: If ``matrix`` is neither, or not of a real floating-point type.
+        ValueError: If the tensor is not two-dimensional.
+    """
+    if isinstance(matrix, LinearOperator):
+        return matrix
+    if not isinstance(matrix, Tensor):
+        raise TypeError(
+            f"expected a LinearOperator or a torch.Tensor, got {type(matrix).__name__}; "
+            "curvlib.hessian(risk) makes one from a model, curvlib.from_scipy(A) from SciPy"
+        )
+    if matrix.ndim != 2:
+        raise ValueError(f"a dense operator needs two dimensions, got shape {list(matrix.shape)}")
+    symmetric = matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, matrix.mT)
+    return LinearOperator(
+        lambda V: matrix @ V,
+        (matrix.shape[0], matrix.shape[1]),
+        dtype=matrix.dtype,
+        device=matrix.device,
+        rmatmat=lambda V: matrix.mT @ V,
+        symmetric=symmetric,
+        name="matrix",
+        identity=lambda: digest([matrix]),
+    )
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of the bytes, shapes and types of some tensors (16 hexadecimal digits)."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _as_column(vector: Tensor, length: int) -> Tensor:
+    if vector.shape[0] != length:
+        raise ValueError(
+            f"expected a vector of length {length}, got {vector.shape[0]}; "
+            f"the operator has {length} parameters or columns"
+        )
+    return vector[:, None]
+
+
+def _combine(a: LinearOperator, b: LinearOperator, sign: float) -> LinearOperator:
+    return a._like(
+        lambda V: a.matmat(V).add(b.matmat(V), alpha=sign),
+        rmatmat=(
+            None
+            if b._transposed_product is None
+            else lambda V: a.rmatmat(V).add(b.rmatmat(V), alpha=sign)
+        ),
+        symmetric=a.symmetric and b.symmetric,
+        psd=a.psd and b.psd and sign > 0,
+        space=a.space if a.space == b.space else None,
+        name=f"{a.name} {'+' if sign > 0 else '-'} {b.name if sign > 0 else _group(b.name)}",
+        identity=lambda: a.fingerprint() + b.fingerprint(),
+        restrict=(
+            None
+            if a._restrict is None or b._restrict is None or a.space != b.space
+            else lambda names: _combine(a._restrict(names), b._restrict(names), sign)  # type: ignore[misc]
+        ),
+    )
+
+
+def _product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"cannot multiply shapes {a.shape} and {b.shape}")
+    _require_same_kind(a, b, "@")
+    gram = b._base is a or a._base is b or (a is b and a.symmetric)
+    return a._like(
+        lambda V: a.matmat(b.matmat(V)),
+        rmatmat=None if b._transposed_product is None else lambda V: b.rmatmat(a.rmatmat(V)),
+        shape=(a.shape[0], b.shape[1]),
+        symmetric=gram,
+        psd=gram,
+        space=a.space if a.space == b.space else None,
+        name=f"{_group(a.name)} @ {_group(b.name)}",
+        identity=lambda: a.fingerprint() + b.fingerprint(),
+    )
+
+
+def _operand(op: LinearOperator, other: Any, sign: str) -> Any:
+    if isinstance(other, Tensor) and other.ndim == 2:
+        other = as_operator(other)
+    if not isinstance(other, LinearOperator):
+        if _scalar(other) is not None:
+            raise TypeError(
+                f"op {sign} {other!r} is ambiguous; write op.shift({other!r}) for op + c * I"
+            )
+        return NotImplemented
+    if op.shape != other.shape:
+        raise ValueError(f"cannot combine shapes {op.shape} and {other.shape} with {sign!r}")
+    _require_same_kind(op, other, sign)
+    return other
+
+
+def _require_same_kind(a: LinearOperator, b: LinearOperator, sign: str) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"cannot combine {a.dtype} and {b.dtype} operators with {sign!r}")
+    if a.device != b.device:
+        raise ValueError(f"cannot combine operators on {a.device} and {b.device} with {sign!r}")
+
+
+def _scalar(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        return float(value) if value.ndim == 0 else None
+    if isinstance(value, (int, float)) or hasattr(value, "__float__"):
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"expected a finite factor, got {number}")
+        return number
+    return None
+
+
+def _lift(
+    change: Callable[[LinearOperator], LinearOperator], op: LinearOperator
+) -> Callable[[tuple[str, ...]], LinearOperator] | None:
+    restrict = op._restrict
+    return None if restrict is None else lambda names: change(restrict(names))
+
+
+def _group(name: str) -> str:
+    return f"({name})" if " " in name else name
+
+
+def _digest_indices(index: Tensor) -> str:
+    return digest([index])
