@@ -241,7 +241,7 @@ class LinearOperator:
     def shift(self, value: float) -> LinearOperator:
         """``A + value * I``, for a square operator (damping, deflation, spectral shifts)."""
         self._require_square("shift")
-        value = float(value)
+        value = _finite(value)
         return self._like(
             lambda V: self.matmat(V) + value * V,
             rmatmat=lambda V: self.rmatmat(V) + value * V,
@@ -494,14 +494,16 @@ def _require_same_kind(a: LinearOperator, b: LinearOperator, sign: str) -> None:
 
 
 def _scalar(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        return float(value) if value.ndim == 0 else None
-    if isinstance(value, (int, float)) or hasattr(value, "__float__"):
-        number = float(value)
-        if not math.isfinite(number):
-            raise ValueError(f"expected a finite factor, got {number}")
-        return number
-    return None
+    if isinstance(value, Tensor) and value.ndim > 0:
+        return None
+    return _finite(value) if hasattr(value, "__float__") else None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite factor or shift, got {number}")
+    return number
 
 
 def _lift(

@@ -138,7 +138,7 @@ class ParamSpace:
         rows = flat if flat.ndim == 1 else flat.mT.contiguous()
         parts = torch.split(rows, self.sizes, dim=-1)
         return [
-            p.reshape(*flat.shape[1:], *shape) for p, shape in zip(parts, self.shapes, strict=True)
+            p.reshape((*flat.shape[1:], *shape)) for p, shape in zip(parts, self.shapes, strict=True)
         ]
 
     def join(self, parts: Sequence[Tensor | None], columns: int | None = None) -> Tensor:

@@ -1,0 +1,144 @@
+"""One batch of a risk: its output, its loss terms and their weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvlib.core.data import describe, is_pair, tensors
+
+if TYPE_CHECKING:
+    from curvlib.core.risk import Risk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a risk, within a pass.
+
+    Attributes:
+        risk: The risk it belongs to.
+        index: Its place in the data.
+        data: The batch, on the risk's device.
+    """
+
+    risk: Risk
+    index: int
+    data: Any
+
+    @property
+    def target(self) -> Any:
+        """What the loss compares the output with."""
+        if self.risk.take_target is not None:
+            return self.risk.take_target(self.data)
+        return self.data[1] if is_pair(self.data) else self.data
+
+    @property
+    def examples(self) -> int:
+        """Number of examples: the first dimension of the target, or of the first tensor."""
+        for tensor in tensors([self.target, self.data]):
+            return int(tensor.shape[0]) if tensor.ndim else 1
+        return 1
+
+    @property
+    def weight(self) -> Tensor | float:
+        """Denominator of the batch's mean: its number of valid loss terms."""
+        risk, target = self.risk, self.target
+        if risk.take_weight is not None:
+            value = risk.take_weight(self.data)
+            value = value.to(torch.float64) if isinstance(value, Tensor) else float(value)
+            if not float(value) >= 0.0:
+                raise ValueError(
+                    f"weight= returned {float(value)} for batch {self.index}; "
+                    "it should return the batch's number of loss terms"
+                )
+            return value
+        if not risk.loss.known:
+            return float(self.examples)
+        if not isinstance(target, Tensor):
+            raise TypeError(
+                f"{risk.loss.kind} needs a target tensor, but the batch's is {describe(target)}; "
+                "pass target=lambda batch: batch['labels'], or a loss of (output, batch)"
+            )
+        return risk.loss.terms(target)
+
+    def output(self, params: Mapping[str, Tensor] | None = None) -> Any:
+        """The model's output, with other values for parameters where given."""
+        return self.risk.call(self.data, params)
+
+    def total(self, output: Any) -> Tensor:
+        """Sum of the loss terms, as a scalar that carries its graph."""
+        risk = self.risk
+        if risk.loss.known or risk.loss.reduction == "sum":
+            return risk.loss.total(output, self.target)
+        terms = self.weight
+        if float(terms) == 0.0:  # a mean over nothing is nan; its terms sum to zero
+            return next(tensors([output, *risk.params.values()])).sum() * 0.0
+        value = risk.loss.total(output, self.target, terms)
+        risk.note_normalization(self, output, value.detach())
+        return value
+
+    def differentiable_total(self, output: Any) -> Tensor:
+        """The same as :meth:`total`.
+
+        Raises:
+            ValueError: If it does not depend on the parameters.
+        """
+        value = self.total(output)
+        if not value.requires_grad:
+            raise ValueError(
+                f"the loss of batch {self.index} cannot be differentiated: it was computed under "
+                "torch.no_grad(), detached, or does not use any selected parameter; check "
+                "forward=, loss= and params="
+            )
+        return value
+
+    def gradient(self, *, create_graph: bool = False) -> list[Tensor | None]:
+        """Gradient of :meth:`total` for each parameter, ``None`` where it is not used."""
+        value = self.differentiable_total(self.output())
+        params = list(self.risk.params.values())
+        return list(
+            torch.autograd.grad(value, params, create_graph=create_graph, allow_unused=True)
+        )
+
+
+def misread_mean(batch: Batch, output: Any, value: Tensor) -> str | None:
+    """Whether an unknown loss is a mean over examples, as far as one batch can tell.
+
+    A mean over ``n`` examples is the weighted mean of the means of its halves.
+
+    Returns:
+        What is wrong and what to do, or ``None``.
+    """
+    loss, target, n = batch.risk.loss, batch.target, batch.examples
+    if not isinstance(target, Tensor):
+        return (
+            f"the loss {loss.describe()} takes batches that curvlib cannot split, so the weight of "
+            "each of several batches is unknown; pass weight=lambda batch: <number of loss terms> "
+            "(for a causal language model: (batch['labels'][:, 1:] != -100).sum()), "
+            "or reduction='sum' if it sums"
+        )
+    if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != n:
+        return (
+            f"batch {batch.index} has {n} targets, and its output is {describe(output)}: curvlib "
+            f"cannot tell over how many terms the loss {loss.describe()} averages; pass "
+            "weight=lambda batch: <number of loss terms>, or reduction='sum' if it sums"
+        )
+    if n < 2:
+        return None
+    half = n // 2
+    with torch.no_grad():
+        a = float(loss.function(output[:half], target[:half])) * half
+        b = float(loss.function(output[half:], target[half:])) * (n - half)
+    eps = torch.finfo(output.dtype).eps if output.dtype.is_floating_point else 1e-7
+    if abs(a + b - float(value)) <= 10.0 * eps**0.5 * (abs(a) + abs(b) + abs(float(value))):
+        return None
+    return (
+        f"the loss {loss.describe()} is not a mean over examples: it gives batch {batch.index} "
+        f"{float(value) / n:.6g}, but its halves average {(a + b) / n:.6g}; pass reduction='sum' "
+        "if it sums, or weight=lambda batch: <number of loss terms> if it averages over "
+        "something else (tokens, unmasked targets)"
+    )

@@ -1,0 +1,142 @@
+r"""Forward passes that have second derivatives and leave no trace.
+
+Some of PyTorch's fastest kernels have no second derivative: fused attention, cuDNN recurrent
+networks, compiled modules. While :func:`arranged` is entered, their plain counterparts run
+instead, which compute the same function:
+
+======================  =======================================================
+attention               the MATH kernel of ``scaled_dot_product_attention``
+``nn.LSTM``, ``nn.GRU``  native kernels instead of cuDNN, on CUDA
+``torch.compile``       eager execution (``torch.compiler.set_stance``)
+transformer fast path   the ordinary Python path
+======================  =======================================================
+
+The model is left as it was, also after an exception: buffers are swapped for copies, which the
+pass may change; ``requires_grad`` is on for just the chosen parameters and restored afterwards;
+torch's random state is restored, so that a pass with dropout always draws the same masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def arranged(model: nn.Module, params: Mapping[str, Tensor], device: torch.device) -> Iterator[None]:
+    """Arranges the model and the kernels for second derivatives with respect to ``params``."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        cuda = [device] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(_requires_grad(model, params))
+        stack.enter_context(_copied_buffers(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_without_fast_path())
+        if cuda and has_recurrent(model):
+            stack.enter_context(_without_cudnn())
+        if has_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def has_recurrent(model: nn.Module) -> bool:
+    """Whether a recurrent module, which cuDNN would run on CUDA, is part of the model."""
+    return any(isinstance(m, nn.RNNBase) for m in model.modules())
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether a part of the model was compiled by ``torch.compile`` or ``module.compile()``."""
+    return any(
+        "_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+class Functional(nn.Module):
+    """``forward(model, batch)`` as a module, so that ``torch.func`` can replace parameters."""
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = forward
+
+    def forward(self, batch: Any) -> Any:
+        """Calls the function on the model."""
+        return self.function(self.model, batch)
+
+
+class SpotAttention(TorchFunctionMode):
+    """Notices whether ``scaled_dot_product_attention`` is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Forwards the call, and remembers attention."""
+        if func is F.scaled_dot_product_attention:
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _requires_grad(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+    chosen = {id(p) for p in params.values()}
+    changed = [p for p in model.parameters() if p.requires_grad != (id(p) in chosen)]
+    try:
+        for p in changed:
+            p.requires_grad_(not p.requires_grad)
+        yield
+    finally:
+        for p in changed:
+            p.requires_grad_(id(p) not in chosen)
+
+
+@contextmanager
+def _copied_buffers(model: nn.Module) -> Iterator[None]:
+    found = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.detach().clone() for _, _, b in found}
+    try:
+        for module, name, buffer in found:
+            setattr(module, name, copies[id(buffer)])
+        yield
+    finally:
+        for module, name, buffer in found:
+            setattr(module, name, buffer)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before

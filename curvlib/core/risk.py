@@ -1,0 +1,308 @@
+r"""The risk: what is measured, and the one place that loops over data.
+
+A :class:`Risk` joins a model, a loss, data and a choice of parameters into the function
+
+.. math:: R(\theta) = \frac{1}{W} \sum_b L_b(\theta), \qquad W = \sum_b W_b,
+
+where :math:`L_b` is the weighted *sum* of the loss terms of batch :math:`b` and :math:`W_b` their
+weight (:mod:`curvlib.core.loss`), so that the mean is over loss terms and not over batches:
+unequal batches, masks and class weights give the risk of the whole data set exactly. For
+``reduction="sum"``, :math:`W = 1`.
+
+Every product of every operator is a sum over batches of the same shape. Operators hand the term
+of one batch to :meth:`Risk.accumulate`, which loops, moves data, sums, normalizes and checks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.core import forward as passes
+from curvlib.core.batch import Batch, misread_mean
+from curvlib.core.data import describe, in_memory, is_mapping, is_pair, reiterable, tensors, to_device
+from curvlib.core.loss import Loss, read_loss
+from curvlib.core.operator import digest
+from curvlib.core.space import ParamSelection, ParamSpace, select
+
+if TYPE_CHECKING:
+    from curvlib.core.check import Report
+
+
+class Risk:
+    """A loss over data as a function of some parameters of a model.
+
+    Args:
+        model: The model. It is left bitwise as it is: parameters, gradients, buffers, mode,
+            ``requires_grad`` and hooks. Put it into ``eval()`` mode yourself if that is meant.
+        loss: Module or function of ``(output, target)``, returning a scalar. PyTorch's
+            cross-entropy, NLL, MSE and BCE-with-logits (modules, functions, ``functools.partial``)
+            are normalized exactly; any other is taken to be a mean over examples unless it, or
+            ``reduction=``, or ``weight=`` says otherwise, which is verified where batches can be
+            split.
+        data: One batch in memory, a list of batches, a ``DataLoader``, or anything that can be
+            iterated again. A batch is a pair ``(input, target)``, a mapping, or anything that
+            ``forward=`` understands.
+        forward: Function of ``(model, batch)`` returning the output. Default: ``model(input)``
+            for pairs, ``model(**batch)`` for mappings.
+        target: Function of ``batch`` returning what the loss gets as its second argument.
+            Default: the second item of a pair, else the whole batch.
+        weight: Function of ``batch`` returning its number of loss terms (the denominator of its
+            mean), for losses that curvlib does not know.
+        reduction: ``"mean"`` or ``"sum"``, for losses that do not say it.
+        params: Name globs, modules, tensors, or a list of them: see :func:`curvlib.core.space.select`.
+        device: Where batches are moved. Default: the parameters' device.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or data can be iterated only once.
+        ValueError: If parameters or the reduction do not fit.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.eye(2), torch.zeros(2, 1)
+        >>> risk = Risk(model, torch.nn.MSELoss(), (x, y))
+        >>> bool(torch.isclose(risk.value(), model.weight.square().mean()))
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        data: Any,
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        target: Callable[[Any], Any] | None = None,
+        weight: Callable[[Any], Any] | None = None,
+        reduction: str | None = None,
+        params: ParamSelection = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model= needs a torch.nn.Module, got {type(model).__name__}")
+        for name, function in (("forward", forward), ("target", target), ("weight", weight)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}= needs a function, got {type(function).__name__}")
+        self.model = passes.uncompiled(model)
+        self.loss: Loss = read_loss(loss, reduction)
+        self.data = data
+        self.take_output = forward
+        self.take_target = target
+        self.take_weight = weight
+        self.in_memory = in_memory(data, pairs=forward is None)
+        self.params = select(self.model, params)
+        self.space = ParamSpace.from_named(self.params)
+        self.device = self.space.device if device is None else torch.device(device)
+        self._batches = reiterable(data) if self.in_memory is None else self.in_memory
+        self._reduction = reduction
+        self._compiled = passes.has_compiled(model)
+        self._seen: tuple[int, int] | None = None  # batches and examples of the first full pass
+        self._noticed = False  # whether the first forward pass was watched for fused kernels
+        self._verified: set[int] = set()  # batches whose normalization was verified
+        self._misread: str | None = None  # why the normalization is not what it seems
+        self._module = passes.Functional(self.model, self._forward)
+
+    # ------------------------------------------------------------------- values
+    def value(self) -> Tensor:
+        """The risk, a scalar of the vectors' dtype."""
+
+        def total(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                return batch.total(batch.output()).to(self.space.dtype, copy=True)
+
+        return self.accumulate(total)
+
+    def gradient(self) -> Tensor:
+        """The gradient of the risk, ``[P]``."""
+        return self.accumulate(lambda batch: self.space.join(batch.gradient()))
+
+    def weight(self) -> float:
+        """Total weight ``W`` of the loss terms: 1 for ``reduction="sum"``. One pass over the data."""
+        if self.loss.reduction == "sum":
+            return 1.0
+        with self.untouched():
+            return sum(float(batch.weight) for batch in self.batches())
+
+    def check(self, *, seed: int = 0) -> Report:
+        """Looks for what makes curvature meaningless: see :func:`curvlib.core.check.check`."""
+        from curvlib.core.check import check
+
+        return check(self, seed=seed)
+
+    # --------------------------------------------------------------- derivation
+    def restrict(self, params: ParamSelection) -> Risk:
+        """The same risk as a function of other parameters of the model."""
+        return self._with(self.data, params)
+
+    def on(self, data: Any) -> Risk:
+        """The same model, loss and parameters on other data."""
+        return self._with(data, list(self.params.values()))
+
+    def _with(self, data: Any, params: ParamSelection) -> Risk:
+        out = Risk(
+            self.model,
+            self.loss.function,
+            data,
+            forward=self.take_output,
+            target=self.take_target,
+            weight=self.take_weight,
+            reduction=self._reduction,
+            params=params,
+            device=self.device,
+        )
+        out._noticed = self._noticed  # what was said once is not said again
+        return out
+
+    # --------------------------------------------------------------------- loop
+    def accumulate(self, contribution: Callable[[Batch], Tensor]) -> Tensor:
+        """Sums a function of batches over the data, and divides by the total weight.
+
+        This is the only loop over data in curvlib: one pass, one sum, one division.
+
+        Args:
+            contribution: Returns the term of one batch, a sum over its loss terms, as a new
+                tensor, which is added to in place.
+
+        Returns:
+            The sum, divided by ``W`` (which is 1 for ``reduction="sum"``).
+
+        Raises:
+            ValueError: If there is no batch, no valid loss term, or the normalization is unknown.
+            RuntimeError: If the data changed between two passes.
+            FloatingPointError: If the sum is not finite; names the batch and the layer.
+        """
+        total: Tensor | None = None
+        weight: Tensor | float = 0.0
+        with self.untouched():
+            for batch in self.batches():
+                part = contribution(batch)
+                total = part if total is None else total.add_(part)
+                if self.loss.reduction == "mean":
+                    weight = weight + batch.weight
+                if batch.index > 0 and self._misread is not None:
+                    raise ValueError(self._misread)
+        if total is None:
+            raise RuntimeError("a pass over data without batches")  # batches() says so before
+        if self.loss.reduction == "mean":
+            if float(weight) == 0.0:
+                raise ValueError(
+                    "no loss term is valid: every target is ignored, or all weights are zero; "
+                    "check ignore_index, class weights and weight="
+                )
+            total.div_(weight)
+        if not bool(torch.isfinite(total).all()):
+            from curvlib.core.check import non_finite
+
+            raise FloatingPointError(non_finite(self))
+        return total
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Entered around a pass: second derivatives exist, and the model is left as it was."""
+        return passes.arranged(self.model, self.params, self.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches in order, on the device; the same number of them at every pass.
+
+        Raises:
+            ValueError: If there is none.
+            RuntimeError: If the data changed since the first pass.
+        """
+        count, examples = 0, 0
+        for data in self._batches:
+            batch = Batch(self, count, to_device(data, self.device))
+            count, examples = count + 1, examples + batch.examples
+            yield batch
+        if count == 0:
+            raise ValueError(
+                "the data has no batch: the data set is empty, or drop_last=True dropped its only "
+                "batch; pass at least one batch"
+            )
+        if self._seen is None:
+            self._seen = (count, examples)
+        elif self._seen != (count, examples):
+            raise RuntimeError(
+                f"the data changed between passes: {self._seen[0]} batches with "
+                f"{self._seen[1]} examples first, now {count} with {examples}; "
+                "use data of fixed length (no growing list, no sampler of random length)"
+            )
+
+    def call(self, data: Any, params: Mapping[str, Tensor] | None = None) -> Any:
+        """The model's output for one batch, with other values for parameters where given.
+
+        Args:
+            data: The batch, as the data gives it.
+            params: Tensors by the names of :attr:`space`, instead of the model's own.
+
+        Raises:
+            TypeError: If the batch is of an unknown kind and there is no ``forward=``.
+        """
+        if self._noticed:
+            return self._call(data, params)
+        with passes.SpotAttention() as spot:
+            output = self._call(data, params)
+        self._noticed = True
+        self._say_once(spot.seen)
+        return output
+
+    def _call(self, data: Any, params: Mapping[str, Tensor] | None) -> Any:
+        if params is None:
+            return self._forward(self.model, data)
+        raw = {id(p): name for name, p in self._module.named_parameters()}
+        replaced = {raw[id(self.params[name])]: value for name, value in params.items()}
+        return torch.func.functional_call(self._module, replaced, (data,))
+
+    def _forward(self, model: nn.Module, data: Any) -> Any:
+        if self.take_output is not None:
+            return self.take_output(model, data)
+        if is_mapping(data):
+            return model(**data)
+        if is_pair(data):
+            return model(data[0])
+        raise TypeError(
+            "a batch should be a pair (input, target) or a mapping, got "
+            f"{describe(data)}; pass forward=lambda model, batch: ... for other batches"
+        )
+
+    def note_normalization(self, batch: Batch, output: Any, value: Tensor) -> None:
+        """Verifies once for each batch that an unknown loss is a mean over examples."""
+        settled = self.take_weight is not None or self._reduction is not None
+        if settled or batch.index in self._verified:
+            return
+        self._verified.add(batch.index)
+        self._misread = self._misread or misread_mean(batch, output, value)
+
+    def fingerprint(self) -> str:
+        """A digest of parameters, loss and data, as far as that can be read without a pass."""
+        parts = [digest(list(self.params.values())), *self.space.names, self.loss.describe()]
+        if self.in_memory is not None:
+            parts.append(digest([t for batch in self.in_memory for t in tensors(batch)]))
+        else:
+            parts.append(type(self.data).__name__)
+            parts.append(str(len(self.data)) if hasattr(self.data, "__len__") else "")
+        return "|".join(parts)
+
+    def __repr__(self) -> str:
+        return (
+            f"Risk({type(self.model).__name__}, {self.loss.describe()}, {self.space.size} "
+            f"parameters in {len(self.space.names)} tensors, data: {describe(self.data)})"
+        )
+
+    def _say_once(self, attention: bool) -> None:
+        what = ["scaled_dot_product_attention runs its MATH kernel"] if attention else []
+        if self.device.type == "cuda" and passes.has_recurrent(self.model):
+            what.append("recurrent modules run without cuDNN")
+        if self._compiled:
+            what.append("compiled modules run eagerly")
+        if what:
+            warnings.warn(
+                f"curvlib: {' and '.join(what)}, since the faster kernels have no second "
+                "derivative; values agree up to rounding (said once for each risk)",
+                UserWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,71 @@
+"""Derivatives for many columns at once: batched where PyTorch can, one by one where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+#: Columns that are done at once at most: more saves no work, and memory stays bounded.
+MAX_COLUMNS = 16
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover ``range(count)``, of at most ``size`` each, as even as possible."""
+    pieces = -(-count // size)
+    start = 0
+    for i in range(pieces):
+        stop = start + (count - start) // (pieces - i)
+        yield slice(start, stop)
+        start = stop
+
+
+def derivative(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+) -> list[Tensor | None]:
+    """Vector-Jacobian products for ``K`` cotangents.
+
+    Args:
+        outputs: Tensors with a graph.
+        inputs: What they are differentiated by.
+        cotangents: One tensor ``[K, *output.shape]`` for each output.
+        retain_graph: Whether the graph is used again afterwards.
+
+    Returns:
+        For each input ``[K, *input.shape]``, or ``None`` where no output depends on it.
+    """
+    count = cotangents[0].shape[0]
+    if count > 1:
+        try:
+            return list(
+                torch.autograd.grad(
+                    outputs,
+                    inputs,
+                    cotangents,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            )
+        except RuntimeError:  # no batching rule (GroupNorm): the columns go one by one
+            pass
+    rows = []
+    for k in range(count):
+        rows.append(
+            torch.autograd.grad(
+                outputs,
+                inputs,
+                [c[k] for c in cotangents],
+                retain_graph=retain_graph or k + 1 < count,
+                allow_unused=True,
+            )
+        )
+    return [
+        None if parts[0] is None else torch.stack([p for p in parts if p is not None])
+        for parts in zip(*rows, strict=True)
+    ]
