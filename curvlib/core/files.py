@@ -1,0 +1,236 @@
+r"""Files: one safetensors file holds tensors as tensors and everything else as JSON.
+
+Results and checkpoints share this format. Nothing is pickled, so that a file from elsewhere is
+safe to open, and every file is written to a temporary name in the same folder, flushed to disk
+and renamed: a reader sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Version of the layout that :func:`write_record` writes.
+FORMAT_VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; what is written there becomes ``path`` at the end.
+
+    The temporary file is flushed to disk and renamed when the block ends, and removed when the
+    block raises: ``path`` then keeps what it held.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If ``path`` is a folder.
+        OSError: If the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     target = Path(folder) / "numbers.txt"
+        ...     with atomic_write(target) as temporary:
+        ...         _ = temporary.write_text("1 2 3")
+        ...     target.read_text()
+        '1 2 3'
+    """
+    path = Path(path)
+    require_writable(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Checks that a file could be written at ``path``, by writing an empty one beside it.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If ``path`` is a folder.
+        OSError: If the folder cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"expected the path of a file, got the folder {str(path)!r}")
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {str(path)!r}: there is no folder {str(folder)!r}; create it first"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"cannot write {str(path)!r}: the folder {str(folder)!r} is not writable "
+            f"({error.strerror}); choose another"
+        ) from error
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes temporary files of ``path`` that killed processes of this machine left behind."""
+    path = Path(path)
+    start = f".{path.name}.{socket.gethostname()}-"
+    for file in path.parent.glob(f"{start}*.tmp"):
+        pid = file.name.removeprefix(start).removesuffix(".tmp")
+        if pid.isdecimal() and not _alive(int(pid)):
+            file.unlink(missing_ok=True)
+
+
+def write_record(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+    """Writes tensors, numbers, strings and nested lists, tuples and dictionaries of them.
+
+    Args:
+        path: Where to.
+        kind: What is written: the name of a class.
+        content: The values, by name. Dictionaries have string keys.
+
+    Raises:
+        TypeError: If a value is of another type.
+        OSError: If the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    document = {
+        "class": kind,
+        "format": FORMAT_VERSION,
+        "curvlib": curvlib_version(),
+        "content": {name: _encode(value, name, tensors) for name, value in content.items()},
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"curvlib": json.dumps(document, allow_nan=False)})
+
+
+def read_record(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> tuple[str, dict[str, Any]]:
+    """Reads what :func:`write_record` wrote.
+
+    Args:
+        path: The file.
+        device: Where tensors go that were not on the CPU when they were written.
+
+    Returns:
+        The kind and the values by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, not curvlib's, or of another version of the format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = (file.metadata() or {}).get("curvlib")
+            if header is None:
+                raise ValueError(f"{str(path)!r} is a safetensors file, but none of curvlib's")
+            document = json.loads(header)
+            if document["format"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"{str(path)!r} has format {document['format']} (curvlib "
+                    f"{document['curvlib']}), this curvlib reads format {FORMAT_VERSION}; "
+                    "use the version that wrote it"
+                )
+            content = {n: _decode(v, file, device) for n, v in document["content"].items()}
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged or not a safetensors file ({error}); "
+            "nothing can be read from it"
+        ) from error
+    return str(document["class"]), content
+
+
+def curvlib_version() -> str:
+    """The installed version of curvlib, ``"unknown"`` where it runs from a bare checkout."""
+    try:
+        return importlib.metadata.version("curvlib")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"!float": repr(value)}
+    if isinstance(value, Tensor):
+        value = value.detach()
+        # Column-contiguous blocks are written as rows, so that no copy of them is made.
+        rows = value.ndim == 2 and not value.is_contiguous() and value.mT.is_contiguous()
+        stored = value.mT if rows else value.contiguous()
+        used = {t.untyped_storage().data_ptr() for t in tensors.values()}
+        if stored.untyped_storage().data_ptr() in used:
+            stored = stored.clone()
+        tensors[name] = stored
+        return {"!tensor": name, "rows": rows, "cpu": value.device.type == "cpu"}
+    if isinstance(value, tuple):
+        return {"!tuple": [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or key.startswith("!"):
+                raise TypeError(f"{name} has the key {key!r}; keys must be strings without '!'")
+        return {k: _encode(v, f"{name}.{k}", tensors) for k, v in value.items()}
+    raise TypeError(
+        f"cannot write {name} of type {type(value).__name__}: files hold tensors, numbers, "
+        "strings, None, and lists, tuples and dictionaries of them"
+    )
+
+
+def _decode(value: Any, file: Any, device: torch.device | str) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, file, device) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "!float" in value:
+        return float(value["!float"])
+    if "!tuple" in value:
+        return tuple(_decode(v, file, device) for v in value["!tuple"])
+    if "!tensor" in value:
+        tensor = file.get_tensor(value["!tensor"])
+        tensor = tensor if value["cpu"] else tensor.to(device)
+        return tensor.mT if value["rows"] else tensor
+    return {k: _decode(v, file, device) for k, v in value.items()}
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a renaming durable, where the system lets folders be flushed."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
