@@ -23,11 +23,14 @@ class Batch:
         risk: The risk it belongs to.
         index: Its place in the data.
         data: The batch, on the risk's device.
+        scale: Factor of the batch's sums in the risk: ``1 / W`` where ``W`` is known before the
+            pass (data in memory), else 1, and the pass divides at its end.
     """
 
     risk: Risk
     index: int
     data: Any
+    scale: float = 1.0
 
     @property
     def target(self) -> Any:

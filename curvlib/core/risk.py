@@ -112,15 +112,22 @@ class Risk:
     def value(self) -> Tensor:
         """The risk, a scalar of the vectors' dtype."""
 
-        def total(batch: Batch) -> Tensor:
+        def add(batch: Batch, total: Tensor | None) -> Tensor:
             with torch.no_grad():
-                return batch.total(batch.output()).to(self.space.dtype, copy=True)
+                part = batch.total(batch.output()).to(self.space.dtype) * batch.scale
+            return part if total is None else total + part
 
-        return self.accumulate(total)
+        return self.accumulate(add)
 
     def gradient(self) -> Tensor:
         """The gradient of the risk, ``[P]``."""
-        return self.accumulate(lambda batch: self.space.join(batch.gradient()))
+
+        def add(batch: Batch, total: Tensor | None) -> Tensor:
+            out = self.space.empty() if total is None else total
+            self.space.write(batch.gradient(), out, scale=batch.scale, add=total is not None)
+            return out
+
+        return self.accumulate(add)
 
     def weight(self) -> float:
         """Total weight ``W`` of the loss terms: 1 for ``reduction="sum"``. One pass over the data."""
@@ -160,14 +167,15 @@ class Risk:
         return out
 
     # --------------------------------------------------------------------- loop
-    def accumulate(self, contribution: Callable[[Batch], Tensor]) -> Tensor:
-        """Sums a function of batches over the data, and divides by the total weight.
+    def accumulate(self, add: Callable[[Batch, Tensor | None], Tensor]) -> Tensor:
+        """Sums a function of batches over the data: the mean, or sum, over loss terms.
 
-        This is the only loop over data in curvlib: one pass, one sum, one division.
+        This is the only loop over data in curvlib: one pass, one normalized sum.
 
         Args:
-            contribution: Returns the term of one batch, a sum over its loss terms, as a new
-                tensor, which is added to in place.
+            add: Given a batch and the sum so far (``None`` for the first batch), returns the sum
+                with the batch's term added: a sum over its loss terms, times ``batch.scale``. It
+                may work in place on the sum.
 
         Returns:
             The sum, divided by ``W`` (which is 1 for ``reduction="sum"``).
@@ -180,33 +188,38 @@ class Risk:
         total: Tensor | None = None
         weight: Tensor | float = 0.0
         with self.untouched():
-            for batch in self.batches():
-                part = contribution(batch)
-                total = part if total is None else total.add_(part)
-                if self.loss.reduction == "mean":
+            known = self._known_weight()
+            scale = 1.0 if known is None else 1.0 / known
+            for batch in self.batches(scale):
+                total = add(batch, total)
+                if known is None:
                     weight = weight + batch.weight
                 if batch.index > 0 and self._misread is not None:
                     raise ValueError(self._misread)
-        if total is None:
-            raise RuntimeError("a pass over data without batches")  # batches() says so before
-        if self.loss.reduction == "mean":
-            if float(weight) == 0.0:
-                raise ValueError(
-                    "no loss term is valid: every target is ignored, or all weights are zero; "
-                    "check ignore_index, class weights and weight="
-                )
-            total.div_(weight)
-        if not bool(torch.isfinite(total).all()):
+            if known is None:
+                total = _some(total).div_(_positive(float(weight)))
+        total = _some(total)
+        # one read: overflow of the sum alone is told apart by the second
+        if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
             from curvlib.core.check import non_finite
 
             raise FloatingPointError(non_finite(self))
         return total
 
+    def _known_weight(self) -> float | None:
+        """``W`` where it is known before the pass: sums, and data in memory."""
+        if self.loss.reduction == "sum":
+            return 1.0
+        if self.in_memory is None or not self.in_memory:
+            return None
+        data = (to_device(d, self.device) for d in self.in_memory)
+        return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
+
     def untouched(self) -> AbstractContextManager[None]:
         """Entered around a pass: second derivatives exist, and the model is left as it was."""
         return passes.arranged(self.model, self.params, self.device)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, scale: float = 1.0) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
 
         Raises:
@@ -215,7 +228,7 @@ class Risk:
         """
         count, examples = 0, 0
         for data in self._batches:
-            batch = Batch(self, count, to_device(data, self.device))
+            batch = Batch(self, count, to_device(data, self.device), scale)
             count, examples = count + 1, examples + batch.examples
             yield batch
         if count == 0:
@@ -306,3 +319,18 @@ class Risk:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _some(total: Tensor | None) -> Tensor:
+    if total is None:  # Risk.batches raises before
+        raise ValueError("the data has no batch")
+    return total
+
+
+def _positive(weight: float) -> float:
+    if weight == 0.0:
+        raise ValueError(
+            "no loss term is valid: every target is ignored, or all weights are zero; "
+            "check ignore_index, class weights and weight="
+        )
+    return weight

@@ -122,6 +122,12 @@ class ParamSpace:
             out[layer] = (*out.get(layer, ()), name)
         return out
 
+    def empty(self, columns: int | None = None) -> Tensor:
+        """A new flat vector ``[P]``, or a column-contiguous block ``[P, K]``, not filled."""
+        shape = (self.size,) if columns is None else (columns, self.size)
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return out if columns is None else out.mT
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Splits ``[P]`` into tensors of the parameters' shapes, or ``[P, K]`` into ``[K, *shape]``.
 
@@ -141,7 +147,7 @@ class ParamSpace:
             p.reshape((*flat.shape[1:], *shape)) for p, shape in zip(parts, self.shapes, strict=True)
         ]
 
-    def join(self, parts: Sequence[Tensor | None], columns: int | None = None) -> Tensor:
+    def join(self, parts: Sequence[Tensor | None], *, columns: int | None = None) -> Tensor:
         """Joins tensors of the parameters' shapes into ``[P]``, or ``[K, *shape]`` into ``[P, K]``.
 
         Args:
@@ -151,15 +157,40 @@ class ParamSpace:
         Returns:
             A flat vector or a column-contiguous block, in the vectors' dtype.
         """
-        lead = () if columns is None else (columns,)
-        out = torch.empty((*lead, self.size), dtype=self.dtype, device=self.device)
-        pieces = torch.split(out, self.sizes, dim=-1)
+        out = self.empty(columns)
+        self.write(parts, out)
+        return out
+
+    def write(
+        self,
+        parts: Sequence[Tensor | None],
+        out: Tensor,
+        *,
+        scale: float = 1.0,
+        add: bool = False,
+    ) -> None:
+        """Writes (or adds) ``scale`` times some joined parts into ``out``: see :meth:`join`.
+
+        Args:
+            parts: One tensor for each parameter; ``None`` stands for zeros.
+            out: ``[P]`` or ``[P, K]``, in the vectors' dtype.
+            scale: Factor of the parts.
+            add: Whether to add to what ``out`` holds.
+        """
+        rows = out if out.ndim == 1 else out.mT
+        pieces = torch.split(rows, self.sizes, dim=-1)
         for piece, part in zip(pieces, parts, strict=True):
             if part is None:
-                piece.zero_()
+                if not add:
+                    piece.zero_()
+                continue
+            flat = part.detach().reshape(piece.shape)
+            if add:
+                piece.add_(flat, alpha=scale)
+            elif scale == 1.0:
+                piece.copy_(flat)
             else:
-                piece.copy_(part.detach().reshape(piece.shape))
-        return out if columns is None else out.mT
+                torch.mul(flat.to(piece.dtype), scale, out=piece)
 
     def restrict(self, names: Iterable[str]) -> ParamSpace:
         """The space of some of the parameters, in this space's order."""

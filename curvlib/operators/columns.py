@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from curvlib.core.space import ParamSpace
+
 #: Columns that are done at once at most: more saves no work, and memory stays bounded.
 MAX_COLUMNS = 16
+#: Bytes of a block of vectors that are done at once: beyond the cache, one by one is faster.
+MAX_BYTES = 2**23
 
 
-def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices that cover ``range(count)``, of at most ``size`` each, as even as possible."""
-    pieces = -(-count // size)
-    start = 0
-    for i in range(pieces):
-        stop = start + (count - start) // (pieces - i)
-        yield slice(start, stop)
-        start = stop
+def pieces(count: int, space: ParamSpace, room: int) -> list[slice]:
+    """Slices of ``range(count)``: the columns that are done at once.
+
+    Args:
+        count: ``K``, the number of columns.
+        space: Where the columns live.
+        room: How many columns fit the memory budget.
+    """
+    bytes_each = space.size * torch.finfo(space.dtype).bits // 8
+    size = max(1, min(MAX_COLUMNS, MAX_BYTES // bytes_each, room))
+    ends = torch.linspace(0, count, -(-count // size) + 1).round().long().tolist()
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def derivative(

@@ -39,6 +39,11 @@ class GradientGraph:
     where: tuple[int, ...]
     bytes: int
 
+    @property
+    def entries(self) -> list[tuple[int, Tensor]]:
+        """Pairs of a parameter's index and its entry of the gradient."""
+        return list(zip(self.where, self.gradients, strict=True))
+
 
 @dataclass
 class GraphCache:
@@ -49,6 +54,11 @@ class GraphCache:
     kept: dict[int, tuple[Signature, GradientGraph]] = field(default_factory=dict)
     largest: int | None = None  # bytes of the largest graph seen
     current: Signature = ()  # of the model, refreshed at each product
+
+    @property
+    def room(self) -> int:
+        """How many graphs of one batch fit the budget."""
+        return self.budget // max(self.largest or 1, 1)
 
     def begin(self) -> None:
         """Refreshes the model's signature: call it once before each pass."""

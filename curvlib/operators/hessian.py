@@ -25,8 +25,8 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
-from curvlib.operators.columns import MAX_COLUMNS, chunks, derivative
-from curvlib.operators.graphs import GradientGraph, GraphCache
+from curvlib.operators.columns import derivative, pieces
+from curvlib.operators.graphs import GraphCache
 
 #: Default budget, in bytes, for graphs that are kept and for columns that are done at once.
 MEMORY = 2**30
@@ -86,37 +86,27 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
 
 
 def _product(cache: GraphCache, columns: Tensor) -> Tensor:
+    risk = cache.risk
+    space, params = risk.space, list(risk.params.values())
     cache.begin()
 
-    def contribution(batch: Batch) -> Tensor:
+    def add(batch: Batch, total: Tensor | None) -> Tensor:
+        out = space.empty(columns.shape[1]) if total is None else total
         graph, kept = cache.graph(batch)
-        return _batch_product(cache, graph, columns, kept)
-
-    return cache.risk.accumulate(contribution)
-
-
-def _batch_product(
-    cache: GraphCache, graph: GradientGraph, columns: Tensor, kept: bool
-) -> Tensor:
-    space = cache.risk.space
-    out = torch.zeros(columns.shape[::-1], dtype=space.dtype, device=space.device).mT
-    if not graph.gradients:  # the loss is linear in the parameters
+        for piece in pieces(columns.shape[1], space, cache.room):
+            parts: list[Tensor | None] = [None] * len(params)
+            if graph.gradients:  # else the loss is linear in the parameters
+                vectors = space.split(columns[:, piece])
+                parts = derivative(
+                    graph.gradients,
+                    params,
+                    [vectors[i].to(g.dtype) for i, g in graph.entries],
+                    retain_graph=kept or piece.stop < columns.shape[1],
+                )
+            space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
         return out
-    params = list(cache.risk.params.values())
-    room = cache.budget // max(cache.largest or 1, 1)
-    pieces = chunks(columns.shape[1], max(1, min(MAX_COLUMNS, room)))
-    for piece in pieces:
-        block = columns[:, piece]
-        parts = space.split(block)
-        last = piece.stop == columns.shape[1] and not kept
-        products = derivative(
-            graph.gradients,
-            params,
-            [parts[i].to(g.dtype) for i, g in zip(graph.where, graph.gradients, strict=True)],
-            retain_graph=not last,
-        )
-        out[:, piece] = space.join(products, columns=block.shape[1])
-    return out
+
+    return risk.accumulate(add)
 
 
 def _difference(risk: Risk, columns: Tensor) -> Tensor:
@@ -132,8 +122,8 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
         value = batch.differentiable_total(batch.output(dict(zip(names, leaves, strict=True))))
         return space.join(torch.autograd.grad(value, leaves, allow_unused=True))
 
-    def contribution(batch: Batch) -> Tensor:
-        out = torch.zeros(columns.shape[::-1], dtype=space.dtype, device=space.device).mT
+    def add(batch: Batch, total: Tensor | None) -> Tensor:
+        out = space.empty(columns.shape[1]).zero_() if total is None else total
         for k in range(columns.shape[1]):
             norm = float(torch.linalg.vector_norm(columns[:, k]))
             if norm == 0.0:
@@ -144,7 +134,7 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
                 gradient(batch, [p + (s * h * v).to(p.dtype) for p, v in zip(center, parts, strict=True)])
                 for s in (1.0, -1.0)
             )
-            out[:, k] = (plus - minus) / (2.0 * h)
+            out[:, k] += (plus - minus) * (batch.scale / (2.0 * h))
         return out
 
-    return risk.accumulate(contribution)
+    return risk.accumulate(add)
