@@ -1,0 +1,1 @@
+"""Reports: tables, figures and folders that others can read."""

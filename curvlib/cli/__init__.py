@@ -1,0 +1,5 @@
+"""The command line: ``curvlib spectrum ...``."""
+
+from curvlib.cli.main import main
+
+__all__ = ["main"]
