@@ -59,7 +59,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--steps", type=_count, default=64, help="Lanczos steps of the density (default: 64)")
     add("--probes", type=_count, default=2, help="random vectors of the density (default: 2)")
-    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of everything random, also of PyTorch's generator while TARGET is made (default: 0)",
+    )
     add(
         "--params",
         action="append",
@@ -161,13 +166,24 @@ def _prepare(folder: Path, *, resume: bool) -> Path:
 
 
 def _risk(args: argparse.Namespace) -> Risk:
-    risk = digits().risk() if args.target is None else load(args.target)
+    risk = digits().risk() if args.target is None else _seeded(args.target, args.seed)
     if args.params:
         risk = risk.restrict(args.params)
     if args.dtype or args.device:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         risk = converted(risk, dtype=dtype, device=args.device)
     return risk
+
+
+def _seeded(target: str, seed: int) -> Risk:
+    """Loads a TARGET with torch's global generator seeded, and puts the generator back.
+
+    A TARGET that draws its initial parameters there then gives the same risk each time, without
+    which no run could be resumed or repeated.
+    """
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(seed)
+        return load(target)
 
 
 def _short_name(target: str | None) -> str:

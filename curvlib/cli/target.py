@@ -166,5 +166,7 @@ def _guard(function: Callable[[], Any], what: str) -> Any:
         line = error.__traceback__
         while line is not None and line.tb_next is not None:
             line = line.tb_next
-        where = f" at {Path(line.tb_frame.f_code.co_filename).name}:{line.tb_lineno}" if line else ""
+        where = (
+            f" at {Path(line.tb_frame.f_code.co_filename).name}:{line.tb_lineno}" if line else ""
+        )
         raise TargetError(f"{what} raised {type(error).__name__}: {error}{where}") from error

@@ -1,0 +1,146 @@
+"""A run that is stopped at any moment goes on where it was, and ends with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TARGET = """
+import os, time
+import torch
+import curvlib as cl
+
+class Slow(torch.nn.Linear):
+    def forward(self, x):
+        time.sleep(float(os.environ["NAP"]))
+        return super().forward(x).tanh()
+
+def risk():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 20, generator=draw) * torch.logspace(0, -2, 20)
+    y = torch.randn(30, 3, generator=draw)
+    batches = list(zip(x.split(10), y.split(10)))
+    return cl.Risk(Slow(20, 3), torch.nn.MSELoss(), cl_data(batches))
+
+class cl_data:
+    '''Read anew at every pass, so that products take their time.'''
+    def __init__(self, batches):
+        self.batches = batches
+    def __iter__(self):
+        return iter(self.batches)
+    def __len__(self):
+        return len(self.batches)
+
+def other():
+    risk_ = risk()
+    return cl.Risk(risk_.model, torch.nn.L1Loss(), risk_.data)
+"""
+SETTINGS = ["--k", "4", "--steps", "20", "--probes", "2", "--no-check", "--save-every", "0.01"]
+LIMIT = 60.0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "mine.py").write_text(TARGET)
+    return folder
+
+
+def start(place, *arguments, target="mine.py:risk", nap="0"):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "curvlib", "spectrum", target, *SETTINGS, *arguments],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, error = process.communicate(timeout=LIMIT)
+    return process.returncode, out, error
+
+
+def measured(folder):
+    """All numbers but those of the clock and the command."""
+    found = json.loads((folder / "spectrum.json").read_text())
+    arrays = [(folder / f"{n}.safetensors").read_bytes() for n in ("eigenpairs", "density")]
+    return {k: v for k, v in found.items() if k not in ("seconds", "resumed", "command")}, arrays
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    code, _, error = finish(start(place, "--out", "undisturbed"))
+    assert code == 0, error
+    return measured(place / "undisturbed")
+
+
+def stop_when(process, file, stop):
+    end = time.monotonic() + LIMIT
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{file} was not written"
+        time.sleep(0.005)
+    process.send_signal(stop)
+    return finish(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["eigenpairs", "density"])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_resumed(place, undisturbed, stage, stop):
+    out = f"{stage}-{stop.name}"
+    checkpoint = place / out / "checkpoints" / f"{stage}.safetensors"
+    code, _, error = stop_when(start(place, "--out", out, nap="0.02"), checkpoint, stop)
+    if stop == signal.SIGINT:
+        assert code == 130
+        assert "stopped: by Ctrl-C; go on with: curvlib spectrum mine.py:risk" in error
+        assert error.rstrip().endswith("--resume")
+        assert "Traceback" not in error
+    else:
+        assert code == -signal.SIGKILL
+    assert not (place / out / "spectrum.json").exists()
+
+    code, _, error = finish(start(place, "--out", out))
+    assert code == 2
+    assert "holds an unfinished run; pass --resume" in error
+
+    code, _, error = finish(start(place, "--out", out, "--resume"))
+    assert code == 0, error
+    assert measured(place / out) == undisturbed
+    assert not (place / out / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_problem_is_refused_and_kept(place):
+    checkpoint = place / "kept" / "checkpoints" / "eigenpairs.safetensors"
+    stop_when(start(place, "--out", "kept", nap="0.02"), checkpoint, signal.SIGINT)
+    before = checkpoint.read_bytes()
+    for target, options, message in (
+        ("mine.py:other", [], "is of another problem"),
+        ("mine.py:risk", ["--params", "weight"], "is of another problem"),
+        ("mine.py:risk", ["--seed", "3"], "is of another problem"),
+        ("mine.py:risk", ["--k", "5"], "made with other settings: k was 4 and is now 5"),
+    ):
+        process = start(place, "--out", "kept", "--resume", *options, target=target)
+        code, _, error = finish(process)
+        assert code == 2
+        assert len(error.splitlines()) == 1
+        assert message in error
+    assert checkpoint.read_bytes() == before
+
+
+def test_resume_without_anything_to_resume_is_a_fresh_run(place, undisturbed):
+    code, _, error = finish(start(place, "--out", "fresh", "--resume"))
+    assert code == 0, error
+    assert measured(place / "fresh") == undisturbed
