@@ -68,7 +68,7 @@ def _line(error: BaseException) -> str:
 def _plain_warnings() -> Iterator[None]:
     """Shows each warning as one line, without the place in curvlib's source."""
 
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"curvlib: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
