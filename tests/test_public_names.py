@@ -1,0 +1,58 @@
+"""The public names, as a list that nothing changes by accident."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import curvlib as cl
+
+NAMES = [
+    "Density",
+    "Eigenpairs",
+    "LinearOperator",
+    "ParamSpace",
+    "Result",
+    "Risk",
+    "density",
+    "eigenpairs",
+    "fisher",
+    "from_cupy",
+    "from_scipy",
+    "ggn",
+    "gradients",
+    "hessian",
+    "hessian_of",
+    "jacobian",
+    "ntk",
+    "to_cupy",
+    "to_scipy",
+]
+OPTIONAL = ["backpack", "cupy", "curvlinops", "matplotlib", "pandas", "sklearn", "transformers"]
+
+
+def test_names_are_these():
+    assert sorted(cl.__all__) == NAMES
+
+
+def test_names_exist_and_say_what_they_are():
+    for name in NAMES:
+        assert (getattr(cl, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_import_changes_nothing_and_loads_nothing_optional():
+    """Rules 1 and 9: no settings, no seeds, no filters; optional parts load at the call."""
+    program = f"""
+import sys, warnings
+import torch
+before = (torch.get_rng_state().tolist(), torch.get_default_dtype(), warnings.filters[:],
+          torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads())
+import curvlib, curvlib.cli, curvlib.demo
+after = (torch.get_rng_state().tolist(), torch.get_default_dtype(), warnings.filters[:],
+         torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads())
+assert before == after, "an import changed something global"
+loaded = [name for name in {OPTIONAL} if name in sys.modules]
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
