@@ -6,3 +6,4 @@ from curvlib.core.space import ParamSpace
 from curvlib.operators.hessian import hessian
 
 __all__ = ["LinearOperator", "ParamSpace", "Risk", "hessian"]
+from curvlib.operators.ggn import ggn

@@ -84,27 +84,37 @@ class Batch:
         risk.note_normalization(self, output, value.detach())
         return value
 
-    def differentiable_total(self, output: Any) -> Tensor:
-        """The same as :meth:`total`.
+    def gradient(
+        self, *, create_graph: bool = False, params: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """Gradient of :meth:`total` for each parameter, ``None`` where it is not used.
+
+        Args:
+            create_graph: Whether the gradient is to be differentiated again.
+            params: Leaves that take the parameters' places, in the order of the space.
 
         Raises:
-            ValueError: If it does not depend on the parameters.
+            ValueError: If the loss does not depend on any of the parameters.
         """
-        value = self.total(output)
-        if not value.requires_grad:
-            raise ValueError(
-                f"the loss of batch {self.index} cannot be differentiated: it was computed under "
-                "torch.no_grad(), detached, or does not use any selected parameter; check "
-                "forward=, loss= and params="
-            )
-        return value
+        if params is not None:
+            return self.risk.replaced(params, lambda: self._gradient(create_graph, params))
+        return self._gradient(create_graph, self.risk.params)
 
-    def gradient(self, *, create_graph: bool = False) -> list[Tensor | None]:
-        """Gradient of :meth:`total` for each parameter, ``None`` where it is not used."""
-        value = self.differentiable_total(self.output())
-        params = list(self.risk.params.values())
-        return list(
-            torch.autograd.grad(value, params, create_graph=create_graph, allow_unused=True)
+    def _gradient(
+        self, create_graph: bool, params: Mapping[str, Tensor]
+    ) -> list[Tensor | None]:
+        value = self.total(self.output())
+        if value.requires_grad:
+            leaves = list(params.values())
+            return list(
+                torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
+            )
+        if self.risk.is_part:
+            return [None] * len(params)
+        raise ValueError(
+            f"the loss of batch {self.index} cannot be differentiated: it was computed under "
+            "torch.no_grad(), detached, or does not use any selected parameter; check "
+            "forward=, loss= and params="
         )
 
 

@@ -9,6 +9,8 @@ attention               the MATH kernel of ``scaled_dot_product_attention``
 ``nn.LSTM``, ``nn.GRU``  native kernels instead of cuDNN, on CUDA
 ``torch.compile``       eager execution (``torch.compiler.set_stance``)
 transformer fast path   the ordinary Python path
+weight normalization    primitive operations: the derivative of the fused kernel treats the
+                        norms as constants, so its second derivatives are silently wrong
 ======================  =======================================================
 
 The model is left as it was, also after an exception: buffers are swapped for copies, which the
@@ -41,6 +43,8 @@ def arranged(model: nn.Module, params: Mapping[str, Tensor], device: torch.devic
         stack.enter_context(_copied_buffers(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_fast_path())
+        if has_weight_norm(model):
+            stack.enter_context(_PrimitiveWeightNorm())
         if cuda and has_recurrent(model):
             stack.enter_context(_without_cudnn())
         if has_compiled(model):
@@ -61,23 +65,35 @@ def has_compiled(model: nn.Module) -> bool:
     )
 
 
+def has_weight_norm(model: nn.Module) -> bool:
+    """Whether a module is weight-normalized, by parametrization or the older hook."""
+    return any(
+        type(m).__name__ == "_WeightNorm"
+        or any(type(h).__name__ == "WeightNorm" for h in m._forward_pre_hooks.values())
+        for m in model.modules()
+    )
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wrapped, or the module itself."""
     inner = model._modules.get("_orig_mod")
     return model if inner is None else inner
 
 
-class Functional(nn.Module):
-    """``forward(model, batch)`` as a module, so that ``torch.func`` can replace parameters."""
+class Holder(nn.Module):
+    """Runs any function of a model as a module, so that ``torch.func`` can replace parameters.
 
-    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any]) -> None:
+    What the function does, derivatives included, happens while they are replaced: activation
+    checkpointing, which runs parts of the model again in the backward pass, needs that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.function = forward
 
-    def forward(self, batch: Any) -> Any:
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Calls the function on the model."""
-        return self.function(self.model, batch)
+        return function(self.model)
 
 
 class SpotAttention(TorchFunctionMode):
@@ -94,6 +110,17 @@ class SpotAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.seen = True
         return func(*args, **(kwargs or {}))
+
+
+class _PrimitiveWeightNorm(TorchFunctionMode):
+    """Computes weight normalization by operations whose second derivatives are right."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3] if not kwargs else (args[0], args[1], kwargs.get("dim", 0))
+        axes = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
+        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ of one batch to :meth:`Risk.accumulate`, which loops, moves data, sums, normaliz
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,8 @@ class Risk:
         self._noticed = False  # whether the first forward pass was watched for fused kernels
         self._verified: set[int] = set()  # batches whose normalization was verified
         self._misread: str | None = None  # why the normalization is not what it seems
-        self._module = passes.Functional(self.model, self._forward)
+        self._holder = passes.Holder(self.model)
+        self.is_part = False  # of a larger selection: then the loss need not use the parameters
 
     # ------------------------------------------------------------------- values
     def value(self) -> Tensor:
@@ -164,6 +165,13 @@ class Risk:
             device=self.device,
         )
         out._noticed = self._noticed  # what was said once is not said again
+        out.is_part = self.is_part
+        return out
+
+    def part(self, names: Iterable[str]) -> Risk:
+        """The risk as a function of some of its parameters, which it need not depend on."""
+        out = self._with(self.data, [self.params[name] for name in names])
+        out.is_part = True
         return out
 
     # --------------------------------------------------------------------- loop
@@ -255,20 +263,21 @@ class Risk:
         Raises:
             TypeError: If the batch is of an unknown kind and there is no ``forward=``.
         """
+        if params is not None:
+            return self.replaced(params, lambda: self.call(data))
         if self._noticed:
-            return self._call(data, params)
+            return self._forward(self.model, data)
         with passes.SpotAttention() as spot:
-            output = self._call(data, params)
+            output = self._forward(self.model, data)
         self._noticed = True
         self._say_once(spot.seen)
         return output
 
-    def _call(self, data: Any, params: Mapping[str, Tensor] | None) -> Any:
-        if params is None:
-            return self._forward(self.model, data)
-        raw = {id(p): name for name, p in self._module.named_parameters()}
-        replaced = {raw[id(self.params[name])]: value for name, value in params.items()}
-        return torch.func.functional_call(self._module, replaced, (data,))
+    def replaced(self, params: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        """Calls a function while parameters have other values, by the names of :attr:`space`."""
+        raw = {id(p): name for name, p in self._holder.named_parameters()}
+        values = {raw[id(self.params[name])]: value for name, value in params.items()}
+        return torch.func.functional_call(self._holder, values, (lambda _: function(),))
 
     def _forward(self, model: nn.Module, data: Any) -> Any:
         if self.take_output is not None:

@@ -15,17 +15,19 @@ MAX_COLUMNS = 16
 MAX_BYTES = 2**23
 
 
-def pieces(count: int, space: ParamSpace, room: int) -> list[slice]:
+def pieces(count: int, room: int, space: ParamSpace | None = None) -> list[slice]:
     """Slices of ``range(count)``: the columns that are done at once.
 
     Args:
         count: ``K``, the number of columns.
-        space: Where the columns live.
         room: How many columns fit the memory budget.
+        space: Where the columns that are made live: few enough of them that they stay in cache.
     """
-    bytes_each = space.size * torch.finfo(space.dtype).bits // 8
-    size = max(1, min(MAX_COLUMNS, MAX_BYTES // bytes_each, room))
-    ends = torch.linspace(0, count, -(-count // size) + 1).round().long().tolist()
+    size = min(MAX_COLUMNS, room)
+    if space is not None:
+        size = min(size, MAX_BYTES // (space.size * torch.finfo(space.dtype).bits // 8))
+    parts = -(-count // max(1, size))
+    ends = [round(i * count / parts) for i in range(parts + 1)]
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 

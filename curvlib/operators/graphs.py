@@ -1,4 +1,4 @@
-r"""Gradient graphs: what a Hessian product differentiates, built once and kept where it pays.
+r"""Graphs of a batch that products differentiate, built once and kept where it pays.
 
 A Hessian product costs three gradients: one to build the graph of the gradient, two to
 differentiate it. For data in memory the graph is kept from one product to the next, which saves
@@ -12,8 +12,9 @@ built anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,96 +24,77 @@ from curvlib.core.data import tensors
 from curvlib.core.risk import Risk
 
 Signature = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class GradientGraph:
-    """The gradient of one batch's loss, with its graph.
-
-    Attributes:
-        gradients: Entries of the gradient that depend on the parameters any further.
-        where: For each of them, the index of its parameter.
-        bytes: What the graph holds, beside the parameters.
-    """
-
-    gradients: tuple[Tensor, ...]
-    where: tuple[int, ...]
-    bytes: int
-
-    @property
-    def entries(self) -> list[tuple[int, Tensor]]:
-        """Pairs of a parameter's index and its entry of the gradient."""
-        return list(zip(self.where, self.gradients, strict=True))
+Graph = TypeVar("Graph")
 
 
 @dataclass
-class GraphCache:
-    """Gradient graphs of a risk's batches, kept within a budget of bytes."""
+class GraphCache(Generic[Graph]):
+    """Graphs of a risk's batches, kept within a budget of bytes.
+
+    Attributes:
+        risk: The risk.
+        budget: Bytes that kept graphs may hold.
+        build: Builds the graph of one batch.
+    """
 
     risk: Risk
     budget: int
-    kept: dict[int, tuple[Signature, GradientGraph]] = field(default_factory=dict)
-    largest: int | None = None  # bytes of the largest graph seen
-    current: Signature = ()  # of the model, refreshed at each product
+    build: Callable[[Batch], Graph]
+    _kept: dict[int, tuple[Signature, Graph, int]] = field(default_factory=dict)
+    _model: Signature = ()
+    _largest: int | None = None
 
     @property
     def room(self) -> int:
         """How many graphs of one batch fit the budget."""
-        return self.budget // max(self.largest or 1, 1)
+        return self.budget // max(self._largest or 1, 1)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether graphs are kept at all: for data in memory that fits."""
+        return self.risk.in_memory is not None and self.room > 0
 
     def begin(self) -> None:
-        """Refreshes the model's signature: call it once before each pass."""
-        if self.risk.in_memory is None:
+        """Compares the model with the one that kept graphs belong to; once before each pass."""
+        if not self.keeps:
             return
-        now = _model_signature(self.risk)
-        if now != self.current:
-            self.kept.clear()
-            self.current = now
+        model = _model_signature(self.risk)
+        if model != self._model:
+            self._kept.clear()
+            self._model = model
 
-    def graph(self, batch: Batch) -> tuple[GradientGraph, bool]:
+    def graph(self, batch: Batch) -> tuple[Graph, bool]:
         """The graph of a batch, and whether it is kept (so that it must not be freed)."""
-        in_memory = self.risk.in_memory is not None
-        signature = _data_signature(batch) if in_memory else ()
-        if batch.index in self.kept:
-            known, graph = self.kept[batch.index]
-            if known == signature:
-                return graph, True
-            del self.kept[batch.index]
-        graph = build(batch, measure=in_memory or self.largest is None)
-        self.largest = max(self.largest or 0, graph.bytes)
-        used = sum(g.bytes for _, g in self.kept.values())
-        keep = in_memory and used + graph.bytes <= self.budget
+        if not self.keeps:
+            return self._measured(batch) if self._largest is None else self.build(batch), False
+        signature = _data_signature(batch)
+        known = self._kept.pop(batch.index, None)
+        if known is not None and known[0] == signature:
+            self._kept[batch.index] = known
+            return known[1], True
+        graph = self._measured(batch)
+        size = self._largest or 0
+        keep = sum(k[2] for k in self._kept.values()) + size <= self.budget
         if keep:
-            self.kept[batch.index] = (signature, graph)
+            self._kept[batch.index] = (signature, graph, size)
         return graph, keep
 
+    def _measured(self, batch: Batch) -> Graph:
+        held = {p.untyped_storage().data_ptr() for p in self.risk.model.parameters()}
+        size = 0
 
-def build(batch: Batch, *, measure: bool) -> GradientGraph:
-    """Builds the graph of the gradient of one batch's total loss."""
-    counter = _Counter({p.untyped_storage().data_ptr() for p in batch.risk.params.values()})
-    if measure:
-        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-            gradients = batch.gradient(create_graph=True)
-    else:
-        gradients = batch.gradient(create_graph=True)
-    where = tuple(i for i, g in enumerate(gradients) if g is not None and g.requires_grad)
-    used = [g for g in gradients if g is not None and g.requires_grad]
-    return GradientGraph(tuple(used), where, counter.bytes)
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal size
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held:
+                held.add(storage.data_ptr())
+                size += storage.nbytes()
+            return tensor
 
-
-class _Counter:
-    """Counts the bytes of distinct storages that a graph saves."""
-
-    def __init__(self, skip: set[int]) -> None:
-        self.seen = skip
-        self.bytes = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            graph = self.build(batch)
+        self._largest = max(self._largest or 0, size)
+        return graph
 
 
 def _model_signature(risk: Risk) -> Signature:
@@ -123,8 +105,7 @@ def _model_signature(risk: Risk) -> Signature:
 
 
 def _data_signature(batch: Batch) -> Signature:
-    assert batch.risk.in_memory is not None
-    held = list(tensors(batch.risk.in_memory[batch.index]))
+    held = tensors((batch.risk.in_memory or ())[batch.index])
     return tuple((id(t), t.data_ptr(), t._version) for t in held)
 
 
@@ -135,8 +116,7 @@ def _checksums(held: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    if not tensor.dtype.is_floating_point:
-        return tensor.to(torch.int64)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    size = tensor.element_size()
-    return tensor.view(integers[size]) if size in integers else tensor.to(torch.int64)
+    if tensor.is_floating_point() and tensor.element_size() in integers:
+        return tensor.view(integers[tensor.element_size()])
+    return tensor.to(torch.int64)

@@ -61,7 +61,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
     if method == "exact":
-        cache = GraphCache(risk, memory)
+        cache = GraphCache(risk, memory, _gradient_graph)
         product: Callable[[Tensor], Tensor] = partial(_product, cache)
         name = "Hessian"
     elif method == "finite_difference":
@@ -79,28 +79,32 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         space=risk.space,
         name=name,
         identity=risk.fingerprint,
-        restrict=lambda names: hessian(
-            risk.restrict([risk.params[n] for n in names]), method=method, memory=memory
-        ),
+        restrict=lambda names: hessian(risk.part(names), method=method, memory=memory),
     )
 
 
-def _product(cache: GraphCache, columns: Tensor) -> Tensor:
+def _gradient_graph(batch: Batch) -> list[tuple[int, Tensor]]:
+    """Entries of the gradient that depend on the parameters any further, by parameter."""
+    gradients = enumerate(batch.gradient(create_graph=True))
+    return [(i, g) for i, g in gradients if g is not None and g.requires_grad]
+
+
+def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Tensor:
     risk = cache.risk
     space, params = risk.space, list(risk.params.values())
     cache.begin()
 
     def add(batch: Batch, total: Tensor | None) -> Tensor:
         out = space.empty(columns.shape[1]) if total is None else total
-        graph, kept = cache.graph(batch)
-        for piece in pieces(columns.shape[1], space, cache.room):
+        gradients, kept = cache.graph(batch)
+        for piece in pieces(columns.shape[1], cache.room, space):
             parts: list[Tensor | None] = [None] * len(params)
-            if graph.gradients:  # else the loss is linear in the parameters
+            if gradients:  # else the loss is linear in the parameters
                 vectors = space.split(columns[:, piece])
                 parts = derivative(
-                    graph.gradients,
+                    [g for _, g in gradients],
                     params,
-                    [vectors[i].to(g.dtype) for i, g in graph.entries],
+                    [vectors[i].to(g.dtype) for i, g in gradients],
                     retain_graph=kept or piece.stop < columns.shape[1],
                 )
             space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
@@ -118,9 +122,8 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
     scale = 1.0 + float(torch.linalg.vector_norm(space.join(center)))
 
     def gradient(batch: Batch, moved: list[Tensor]) -> Tensor:
-        leaves = [p.requires_grad_() for p in moved]
-        value = batch.differentiable_total(batch.output(dict(zip(names, leaves, strict=True))))
-        return space.join(torch.autograd.grad(value, leaves, allow_unused=True))
+        leaves = {n: p.requires_grad_() for n, p in zip(names, moved, strict=True)}
+        return space.join(batch.gradient(params=leaves))
 
     def add(batch: Batch, total: Tensor | None) -> Tensor:
         out = space.empty(columns.shape[1]).zero_() if total is None else total
