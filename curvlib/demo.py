@@ -40,7 +40,7 @@ class Digits:
         return Risk(self.model, nn.CrossEntropyLoss(), self.train)
 
 
-def digits(seed: int = 0, *, epochs: int = 20) -> Digits:
+def digits(seed: int = 0, *, epochs: int = 10) -> Digits:
     """Trains a convolutional network of 6,090 parameters on the digits.
 
     Args:
@@ -82,16 +82,15 @@ def _images() -> tuple[Tensor, Tensor]:
 
 
 def _network(generator: torch.Generator) -> nn.Module:
-    skip_init = nn.utils.skip_init  # layers that draw nothing from the global generator
-    model = nn.Sequential(
-        skip_init(nn.Conv2d, 1, 16, 3, padding=1),
+    model = nn.Sequential(  # skip_init: layers that draw nothing from the global generator
+        nn.utils.skip_init(nn.Conv2d, 1, 16, 3, padding=1),
         nn.GELU(),
         nn.MaxPool2d(2),
-        skip_init(nn.Conv2d, 16, 32, 3, padding=1),
+        nn.utils.skip_init(nn.Conv2d, 16, 32, 3, padding=1),
         nn.GELU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        skip_init(nn.Linear, 128, 10),
+        nn.utils.skip_init(nn.Linear, 128, 10),
     )
     for p in model.parameters():
         if p.ndim > 1:
