@@ -54,8 +54,8 @@ def add_parser(commands: Any) -> None:
     add(
         "--tolerance",
         type=_positive,
-        default=1e-4,
-        help="residual at which an eigenvalue is done, relative to the norm (default: 1e-4)",
+        help="residual at which an eigenvalue is done, relative to the norm of the operator "
+        "(default: 3e-4 in float32, 1.5e-8 in float64)",
     )
     add("--steps", type=_count, default=64, help="Lanczos steps of the density (default: 64)")
     add("--probes", type=_count, default=2, help="random vectors of the density (default: 2)")
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             tolerance=args.tolerance,
             seed=args.seed,
             checkpoint=checkpoints / "eigenpairs.safetensors",
+            save_every=args.save_every,
         )
         estimate = density(
             op,
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             deflate=pairs,
             seed=args.seed,
             checkpoint=checkpoints / "density.safetensors",
+            save_every=args.save_every,
         )
     except KeyboardInterrupt as stop:
         again = command if args.resume else f"{command} --resume"
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         name=op.name,
         target=args.target or "digits demo",
         parameters=op.shape[0],
-        examples=risk.examples,
+        examples=sum(batch.examples for batch in risk.batches()),
         seconds=time.monotonic() - start,
         resumed=args.resume,
     )

@@ -27,7 +27,7 @@ class Spectrum:
         name: The operator (``"Hessian"``).
         target: What the user pointed at.
         parameters: ``P``.
-        examples: ``N``, ``None`` where unknown.
+        examples: ``N``.
         seconds: Wall time of this run.
         resumed: Whether the run may have begun earlier, which ``seconds`` does not count.
     """
@@ -37,7 +37,7 @@ class Spectrum:
     name: str
     target: str
     parameters: int
-    examples: int | None
+    examples: int
     seconds: float
     resumed: bool = False
 

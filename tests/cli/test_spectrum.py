@@ -81,7 +81,7 @@ def test_numbers_are_those_of_the_matrix(place, capsys, rng_untouched):
     assert all(row["converged"] for row in found["eigenvalues"])
     # An eigenvalue lies within the residual of each Ritz value (plus float32's rounding).
     assert bool(((values - expected[:5]).abs() <= residuals + 1e-6 * expected[0]).all())
-    assert float(residuals.max()) <= 1.1e-4 * float(expected[0])
+    assert float(residuals.max()) <= 4e-4 * float(expected[0])
     assert found["parameters"] == PARAMETERS
     assert found["examples"] == 20
     assert found["largest_stable_step"] == pytest.approx(2 / float(expected[0]), rel=1e-3)
@@ -206,7 +206,7 @@ def test_default_folder_is_named_after_the_target(place):
         (["mine.py:absent"], "has no 'absent'"),
         (["mine.py:TARGET_"], "has no 'TARGET_'"),
         (["mine.py:torch"], "is of type module, no curvlib.Risk"),
-        (["mine.py:risk", "--k", "27"], "27.* 26"),
+        (["mine.py:risk", "--k", "27"], "k <= 26.*got k=27"),
         (["mine.py:risk", "--params", "3.*"], r"'3.\*' in params= selects nothing"),
         (["mine.py:nan"], "batch 0"),
         (["mine.py:mismatch"], "RuntimeError: mat1 and mat2"),
