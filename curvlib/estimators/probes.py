@@ -5,6 +5,8 @@ Nothing here touches torch's global random state.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,15 @@ def generator_of(
         seed = 0
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed= is an int, got {type(seed).__name__}")
-    return torch.Generator(device=device).manual_seed(seed)
+    return torch.Generator(device=device).manual_seed(_scramble(seed))
+
+
+def _scramble(seed: int) -> int:
+    """Another seed, so that probes differ from what programs draw with ``manual_seed(seed)``.
+
+    A model or data set that was drawn from the same stream would not be independent of them.
+    """
+    return int.from_bytes(hashlib.sha256(f"curvlib {seed}".encode()).digest()[:8], "big") >> 1
 
 
 def probes(

@@ -1,0 +1,69 @@
+r"""How a spectral density is drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from curvlib.estimators.density import Density
+
+
+def plot_density(result: Density, ax: Axes, scale: str, linear: float | None) -> Axes:
+    """Draws a density: see :meth:`curvlib.estimators.density.Density.plot`."""
+    if scale not in ("linear", "symlog"):
+        raise ValueError(f"expected scale='linear' or 'symlog', got {scale!r}")
+    if scale == "linear":
+        grid, density, stderr = result.grid, result.density, result.stderr
+        floor = 0.1 / (result.size * float(grid[-1] - grid[0]))
+    else:
+        turn = result._turn() if linear is None else linear
+        grid, density, stderr = result.on_symlog(linear=turn)
+        floor = 0.1 / result.size
+        ax.set_xscale("asinh", linear_width=2 * turn)
+    top = float(density.max())
+    floor = max(floor, 1e-12 * top)
+    ax.set_yscale("log")
+    ax.plot(grid, density.clamp_min(0.1 * floor), color="C0", lw=1.4, label=_legend(result))
+    if not math.isnan(float(stderr[0])):
+        low = (density - stderr).clamp_min(0.1 * floor)
+        ax.fill_between(
+            grid, low, density + stderr, color="C0", alpha=0.25, lw=0, label="± standard error"
+        )
+    if result.outliers.numel():
+        _mark_outliers(result.outliers, ax)
+    ax.set_ylim(floor, top * 4.0)
+    ax.set_xlabel("eigenvalue")
+    ax.set_ylabel("density" if scale == "linear" else "density per decade")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small", loc="upper right")
+    return ax
+
+
+def _mark_outliers(values: Tensor, ax: Axes) -> None:
+    # Marks in the axis's own height: an outlier has a mass, not a density.
+    transform = ax.get_xaxis_transform()
+    ax.vlines(values.tolist(), 0.0, 0.06, color="C3", lw=1.2, transform=transform)
+    ax.plot(
+        values.tolist(),
+        [0.06] * values.numel(),
+        ls="",
+        marker="v",
+        ms=5,
+        color="C3",
+        transform=transform,
+        label=f"{values.numel()} eigenvalues, exact",
+    )
+
+
+def _legend(result: Density) -> str:
+    settings = result.settings
+    return (
+        f"{result.name}, P = {result.size:,}\n"
+        f"{settings['probes']} probe{'s' if settings['probes'] > 1 else ''} × "
+        f"{settings['steps']} Lanczos steps"
+    )
