@@ -62,6 +62,7 @@ class Batch:
         if not risk.loss.known:
             return float(self.examples)
         if not isinstance(target, Tensor):
+            risk.require_known(self.data)
             raise TypeError(
                 f"{risk.loss.kind} needs a target tensor, but the batch's is {describe(target)}; "
                 "pass target=lambda batch: batch['labels'], or a loss of (output, batch)"

@@ -280,16 +280,18 @@ class Risk:
         return torch.func.functional_call(self._holder, values, (lambda _: function(),))
 
     def _forward(self, model: nn.Module, data: Any) -> Any:
+        self.require_known(data)
         if self.take_output is not None:
             return self.take_output(model, data)
-        if is_mapping(data):
-            return model(**data)
-        if is_pair(data):
-            return model(data[0])
-        raise TypeError(
-            "a batch should be a pair (input, target) or a mapping, got "
-            f"{describe(data)}; pass forward=lambda model, batch: ... for other batches"
-        )
+        return model(**data) if is_mapping(data) else model(data[0])
+
+    def require_known(self, data: Any) -> None:
+        """Raises TypeError if a batch is of an unknown kind and there is no ``forward=``."""
+        if self.take_output is None and not is_mapping(data) and not is_pair(data):
+            raise TypeError(
+                "a batch should be a pair (input, target) or a mapping, got "
+                f"{describe(data)}; pass forward=lambda model, batch: ... for other batches"
+            )
 
     def note_normalization(self, batch: Batch, output: Any, value: Tensor) -> None:
         """Verifies once for each batch that an unknown loss is a mean over examples."""
@@ -301,7 +303,10 @@ class Risk:
 
     def fingerprint(self) -> str:
         """A digest of parameters, loss and data, as far as that can be read without a pass."""
-        parts = [digest(list(self.params.values())), *self.space.names, self.loss.describe()]
+        held = [*self.model.parameters(), *self.model.buffers()]
+        held += [w for w in (self.loss.weight, self.loss.pos_weight) if w is not None]
+        modes = "".join("t" if m.training else "e" for m in self.model.modules())
+        parts = [digest(held), modes, *self.space.names, self.loss.describe()]
         if self.in_memory is not None:
             parts.append(digest([t for batch in self.in_memory for t in tensors(batch)]))
         else:

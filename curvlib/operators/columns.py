@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +33,14 @@ def pieces(count: int, room: int, space: ParamSpace | None = None) -> list[slice
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
+@contextmanager
+def batched_quietly() -> Iterator[None]:
+    """Keeps PyTorch's notice to itself that an operation is batched by a loop of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop because")
+        yield
+
+
 def derivative(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -52,16 +62,17 @@ def derivative(
     count = cotangents[0].shape[0]
     if count > 1:
         try:
-            return list(
-                torch.autograd.grad(
-                    outputs,
-                    inputs,
-                    cotangents,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
+            with batched_quietly():
+                return list(
+                    torch.autograd.grad(
+                        outputs,
+                        inputs,
+                        cotangents,
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
+                    )
                 )
-            )
         except RuntimeError:  # no batching rule (GroupNorm): the columns go one by one
             pass
     rows = []

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from curvlib.core.batch import Batch
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
-from curvlib.operators.columns import derivative, pieces
+from curvlib.operators.columns import batched_quietly, derivative, pieces
 from curvlib.operators.graphs import GraphCache
 from curvlib.operators.loss_hessian import Curvature, tensor_output
 
@@ -110,14 +110,7 @@ class _Product:
         return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns))
 
     def _build(self, batch: Batch) -> OutputGraph:
-        output = tensor_output(batch)
-        if not self.reverse or not output.requires_grad:
-            return OutputGraph(output)
-        dummy = torch.zeros_like(output, requires_grad=True)
-        params = list(self.risk.params.values())
-        parts = torch.autograd.grad(output, params, dummy, create_graph=True, allow_unused=True)
-        pullback = ((i, g) for i, g in enumerate(parts) if g is not None and g.requires_grad)
-        return OutputGraph(output, dummy, tuple(pullback))
+        return _pullback_graph(batch) if self.reverse else OutputGraph(tensor_output(batch))
 
     def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
         space, count = self.risk.space, columns.shape[1]
@@ -169,6 +162,25 @@ class _Product:
             return None
 
 
+def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
+    """``J V`` of one batch, ``[K, *output.shape]``, by the route that the model allows."""
+    try:
+        return _tangents(batch, vectors)
+    except (NotImplementedError, RuntimeError):
+        return _reverse_tangents(_pullback_graph(batch), vectors)
+
+
+def _pullback_graph(batch: Batch) -> OutputGraph:
+    output = tensor_output(batch)
+    if not output.requires_grad:
+        return OutputGraph(output)
+    dummy = torch.zeros_like(output, requires_grad=True)
+    params = list(batch.risk.params.values())
+    parts = torch.autograd.grad(output, params, dummy, create_graph=True, allow_unused=True)
+    pullback = ((i, g) for i, g in enumerate(parts) if g is not None and g.requires_grad)
+    return OutputGraph(output, dummy, tuple(pullback))
+
+
 def _dual(batch: Batch, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Output with its graph, and its tangent along one vector, in one forward pass."""
     params = batch.risk.params
@@ -197,7 +209,7 @@ def _tangents(batch: Batch, vectors: list[Tensor]) -> Tensor:
         out: Tensor = torch.func.jvp(call, (params,), (tangent,))[1]
         return out
 
-    with torch.no_grad():
+    with torch.no_grad(), batched_quietly():
         if vectors[0].shape[0] == 1:
             return push({name: v[0] for name, v in tangents.items()}).unsqueeze(0)
         return torch.func.vmap(push, randomness="same")(tangents)

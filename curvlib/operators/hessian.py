@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.check import central_difference
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import derivative, pieces
@@ -114,30 +114,10 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
 
 
 def _difference(risk: Risk, columns: Tensor) -> Tensor:
-    r"""Central differences, :math:`(\nabla R(\theta + hv) - \nabla R(\theta - hv)) / 2h`."""
-    space = risk.space
-    names = list(risk.params)
-    center = [risk.params[n].detach() for n in names]
-    precision = max(torch.finfo(d).eps for d in space.dtypes)
-    scale = 1.0 + float(torch.linalg.vector_norm(space.join(center)))
-
-    def gradient(batch: Batch, moved: list[Tensor]) -> Tensor:
-        leaves = {n: p.requires_grad_() for n, p in zip(names, moved, strict=True)}
-        return space.join(batch.gradient(params=leaves))
-
     def add(batch: Batch, total: Tensor | None) -> Tensor:
-        out = space.empty(columns.shape[1]).zero_() if total is None else total
+        out = risk.space.empty(columns.shape[1]).zero_() if total is None else total
         for k in range(columns.shape[1]):
-            norm = float(torch.linalg.vector_norm(columns[:, k]))
-            if norm == 0.0:
-                continue
-            h = precision ** (1.0 / 3.0) * scale / norm
-            parts = space.split(columns[:, k])
-            plus, minus = (
-                gradient(batch, [p + (s * h * v).to(p.dtype) for p, v in zip(center, parts, strict=True)])
-                for s in (1.0, -1.0)
-            )
-            out[:, k] += (plus - minus) * (batch.scale / (2.0 * h))
+            out[:, k].add_(central_difference(batch, columns[:, k]), alpha=batch.scale)
         return out
 
     return risk.accumulate(add)
