@@ -14,9 +14,9 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator, as_operator, digest
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.run import Progress, Report, run
-from curvlib.estimators import thick_restart
+from curvlib.estimators import krylov_state, thick_restart
+from curvlib.estimators.krylov_state import KrylovState, Plan
 from curvlib.estimators.probes import generator_of
-from curvlib.estimators.thick_restart import KrylovState, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -237,7 +237,7 @@ def eigenpairs(
     random = generator_of(generator, seed, op.device)
     given = [t for t in (first, removed) if t is not None]
     state = run(
-        lambda: thick_restart.first_state(plan, rows, first, random),
+        lambda: krylov_state.first_state(plan, rows, first, random),
         lambda state: thick_restart.next_state(plan, state),
         state_type=KrylovState,
         done=lambda state: thick_restart.is_done(plan, state),
@@ -254,7 +254,7 @@ def eigenpairs(
 
 
 def _finish(plan: Plan, state: KrylovState, settings: dict[str, Any]) -> Eigenpairs:
-    order = thick_restart.result_order(state.values, settings["which"])
+    order = krylov_state.result_order(state.values, settings["which"])
     scale = state.scale or 1.0
     limit = plan.tolerance * state.norm
     converged = state.residuals <= limit

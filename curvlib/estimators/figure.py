@@ -25,6 +25,10 @@ def plot_density(result: Density, ax: Axes, scale: str, linear: float | None) ->
         grid, density, stderr = result.on_symlog(linear=turn)
         floor = 0.1 / result.size
         ax.set_xscale("asinh", linear_width=2 * turn)
+        ends = [float(grid[0]), float(grid[-1]), *result.outliers.tolist()]
+        ticks = _decades(min(ends), max(ends), 2 * turn)
+        ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+        ax.set_xticks([], minor=True)
     top = float(density.max())
     floor = max(floor, 1e-12 * top)
     ax.set_yscale("log")
@@ -36,7 +40,7 @@ def plot_density(result: Density, ax: Axes, scale: str, linear: float | None) ->
         )
     if result.outliers.numel():
         _mark_outliers(result.outliers, ax)
-    ax.set_ylim(floor, top * 4.0)
+    ax.set_ylim(floor, top * (top / floor) ** 0.35)  # room for the legend
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density" if scale == "linear" else "density per decade")
     ax.spines[["top", "right"]].set_visible(False)
@@ -56,7 +60,7 @@ def _mark_outliers(values: Tensor, ax: Axes) -> None:
         ms=5,
         color="C3",
         transform=transform,
-        label=f"{values.numel()} eigenvalues, exact",
+        label=f"{values.numel()} outlier{'s' if values.numel() > 1 else ''}, exact",
     )
 
 
@@ -67,3 +71,17 @@ def _legend(result: Density) -> str:
         f"{settings['probes']} probe{'s' if settings['probes'] > 1 else ''} × "
         f"{settings['steps']} Lanczos steps"
     )
+
+
+def _decades(low: float, high: float, turn: float) -> list[tuple[float, str]]:
+    """Ticks at zero and at powers of ten beyond ``turn``, about five on the longer side."""
+    first = math.ceil(math.log10(turn))
+    last = math.floor(math.log10(max(high, -low, 10.0 * turn)))
+    stride = max(1, math.ceil((last - first + 1) / 5))
+    ticks = [(0.0, "0")]
+    for exponent in range(last, first - 1, -stride):
+        for sign, mark in ((1.0, ""), (-1.0, "-")):
+            at = sign * 10.0**exponent
+            if low <= at <= high:
+                ticks.append((at, f"${mark}10^{{{exponent}}}$"))
+    return sorted(ticks)
