@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     print(f"{args.target or 'digits demo'}: {risk!r}")
     if args.check:
         for finding in risk.check(seed=args.seed).findings:
-            print(f"check: {finding}")
+            print(f"check: {finding.kind}: {finding.message}\n  what to do: {finding.remedy}")
     op = _OPERATORS[args.curvature](risk, args.seed)
     command = shlex.join(["curvlib", *argv])
     try:
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             op,
             steps=args.steps,
             probes=args.probes,
-            deflate=pairs,
+            deflate=pairs if args.k < op.shape[0] else None,
             seed=args.seed,
             checkpoint=checkpoints / "density.safetensors",
             save_every=args.save_every,
@@ -198,10 +198,10 @@ def _short_name(target: str | None) -> str:
 _OPERATORS: dict[str, Callable[[Risk, int], LinearOperator]] = {
     "hessian": lambda risk, seed: hessian(risk),
     "ggn": lambda risk, seed: ggn(risk),
-    "fisher": lambda risk, seed: fisher(risk, kind="type2"),
-    "fisher-type2": lambda risk, seed: fisher(risk, kind="type2"),
-    "fisher-mc": lambda risk, seed: fisher(risk, kind="mc", seed=seed),
-    "fisher-empirical": lambda risk, seed: fisher(risk, kind="empirical"),
+    "fisher": lambda risk, seed: fisher(risk, "type2"),
+    "fisher-type2": lambda risk, seed: fisher(risk, "type2"),
+    "fisher-mc": lambda risk, seed: fisher(risk, "mc", seed=seed),
+    "fisher-empirical": lambda risk, seed: fisher(risk, "empirical"),
 }
 
 

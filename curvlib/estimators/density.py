@@ -97,7 +97,7 @@ class Density(Result):
         )
 
     def on_symlog(
-        self, points: int = 1024, linear: float | None = None
+        self, points: int = 1024, linear: float | None = None, resolution: float = 0.05
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""The bulk's density per decade, on an axis that is linear near zero and logarithmic away.
 
@@ -108,18 +108,34 @@ class Density(Result):
             points: Number of grid points.
             linear: Where the axis turns linear, ``t``. When omitted, what nine tenths of the
                 eigenvalues exceed, within eight and two decades below the norm.
+            resolution: Least width of the kernels, in decades: nodes that are known better are
+                not drawn as spikes.
 
         Returns:
             Grid of eigenvalues, density per decade and its standard error, each ``[points]``.
+
+        Raises:
+            ValueError: If ``linear`` or ``resolution`` is not positive.
         """
         t = self._turn() if linear is None else float(linear)
         if not (t > 0.0 and math.isfinite(t)):
             raise ValueError(f"expected a positive linear=, got {linear}")
+        if not (resolution > 0.0 and math.isfinite(resolution)):
+            raise ValueError(f"expected a positive resolution=, got {resolution}")
         low, high = (math.asinh(float(self.grid[i]) / (2 * t)) for i in (0, -1))
+        reach = smoothing.REACH * resolution * math.log(10.0)
+        low, high = (max(low - reach, 0.0) if self.psd else low - reach), high + reach
         grid = 2 * t * torch.linspace(low, high, points, dtype=torch.float64).sinh()
-        density, stderr = self.on(grid)
-        decade = math.log(10.0) * (grid.square() + 4 * t * t).sqrt()
-        return grid, density * decade, stderr * decade
+
+        def decade(at: Tensor) -> Tensor:
+            return math.log(10.0) * (at.square() + 4 * t * t).sqrt()
+
+        widths = smoothing.kernel_widths(self.nodes, self.residuals, grid, None)
+        widths = torch.maximum(widths, resolution * decade(self.nodes))
+        density, stderr = smoothing.mean_and_stderr(
+            smoothing.smooth(grid, self.nodes, self.weights, widths, self.psd)
+        )
+        return grid, density * decade(grid), stderr * decade(grid)
 
     def mass(self, low: float = -math.inf, high: float = math.inf) -> tuple[float, float]:
         """Share of eigenvalues between ``low`` and ``high``, and its standard error over probes."""

@@ -14,7 +14,7 @@ from typing import Any
 from curvlib.core.files import atomic_write, curvlib_version
 from curvlib.estimators.density import Density
 from curvlib.estimators.eigenpairs import Eigenpairs
-from curvlib.report.figures import save_figure, spectrum_figure
+from curvlib.report.figures import save_figure, spectrum_figure, with_error
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,17 @@ class Spectrum:
 
     @property
     def largest(self) -> float:
-        """The largest eigenvalue that was seen."""
+        """The largest Ritz value that was seen."""
         return max(float(self.eigenpairs.values.max()), float(self.density.nodes.max()))
 
     @property
     def stable_step(self) -> float | None:
         """``2 / lambda_max``: gradient descent on the local quadratic diverges above it.
 
-        ``None`` where no eigenvalue is positive.
+        ``None`` where no eigenvalue is positive beyond the accuracy of the estimates.
         """
-        return 2.0 / self.largest if self.largest > 0 else None
+        accuracy = self.eigenpairs.settings["tolerance"] * self.eigenpairs.norm
+        return 2.0 / self.largest if self.largest > accuracy else None
 
     @property
     def products(self) -> int:
@@ -69,7 +70,8 @@ def table(spectrum: Spectrum) -> str:
         lines.append(f"{index:>4}  {value:>12.6g}  {residual:>9.1e}{note}")
     step = spectrum.stable_step
     facts = {
-        "trace": _with_error(density.trace, density.trace_stderr),
+        "trace": f"{with_error(density.trace, density.trace_stderr)}  ("
+        + ("standard error)" if math.isfinite(density.trace_stderr) else "one probe: no error)"),
         "largest stable step": "none: no eigenvalue is positive"
         if step is None
         else f"{step:.4g}  (2 / lambda_max)",
@@ -112,8 +114,7 @@ def write(spectrum: Spectrum, folder: str | os.PathLike[str], command: str) -> l
     figure = spectrum_figure(
         spectrum.eigenpairs,
         spectrum.density,
-        name=spectrum.name,
-        target=spectrum.target,
+        title=spectrum.target,
         examples=spectrum.examples,
     )
     return [*save_figure(figure, folder / "spectrum"), numbers, *kept, shell]
@@ -151,14 +152,6 @@ def _rows(pairs: Eigenpairs) -> list[tuple[float, float, bool]]:
 def _number(value: Any) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _with_error(value: Any, error: Any) -> str:
-    value, error = float(value), float(error)
-    if not math.isfinite(error):
-        return f"{value:.5g}  (one probe: no standard error)"
-    digits = 1 - math.floor(math.log10(error)) if error > 0 else 6
-    return f"{value:.{min(max(digits, 0), 12)}f} ± {error:.2g}  (standard error)"
 
 
 def _versions() -> dict[str, str]:

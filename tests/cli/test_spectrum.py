@@ -29,7 +29,7 @@ def dropout():
     return cl.Risk(model, torch.nn.MSELoss(), (torch.eye(3), torch.zeros(3, 2)))
 
 def flat():
-    model = torch.nn.Linear(2, 1)
+    model = torch.nn.Linear(2, 1, bias=False)
     return cl.Risk(model, lambda out, y: -out.square().mean(), (torch.eye(2), torch.ones(2, 1)))
 
 def nan():
