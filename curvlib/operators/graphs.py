@@ -5,9 +5,10 @@ differentiate it. For data in memory the graph is kept from one product to the n
 the first, as long as the graphs fit the memory budget. The bytes that a graph holds are counted
 while it is built (``torch.autograd.graph.saved_tensors_hooks``).
 
-A kept graph belongs to the parameters, buffers, modes and data with which it was built. A
-signature of all of them is compared at every product; when anything changed, the graphs are
-built anew.
+A kept graph belongs to the parameters, buffers, modes and data with which it was built. All of
+them are compared at every product: parameters and buffers with a copy (also ``p.data`` and NumPy
+can change them, which autograd does not see), data by identity, version and sum of bits. When
+anything changed, the graphs are built anew.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class GraphCache(Generic[Graph]):
     budget: int
     build: Callable[[Batch], Graph]
     _kept: dict[int, tuple[Signature, Graph, int]] = field(default_factory=dict)
-    _model: Signature = ()
+    _model: tuple[Signature, list[Tensor]] = field(default_factory=lambda: ((), []))
     _largest: int | None = None
 
     @property
@@ -58,10 +59,13 @@ class GraphCache(Generic[Graph]):
         """Compares the model with the one that kept graphs belong to; once before each pass."""
         if not self.keeps:
             return
-        model = _model_signature(self.risk)
-        if model != self._model:
+        held = [*self.risk.model.parameters(), *self.risk.model.buffers()]
+        modes = tuple(m.training for m in self.risk.model.modules())
+        signature = (modes, tuple((t.data_ptr(), t.shape) for t in held))
+        known, copies = self._model
+        if signature != known or not all(map(torch.equal, held, copies)):
             self._kept.clear()
-            self._model = model
+            self._model = (signature, [t.detach().clone() for t in held])
 
     def graph(self, batch: Batch) -> tuple[Graph, bool]:
         """The graph of a batch, and whether it is kept (so that it must not be freed)."""
@@ -97,20 +101,13 @@ class GraphCache(Generic[Graph]):
         return graph
 
 
-def _model_signature(risk: Risk) -> Signature:
-    held = [*risk.model.parameters(), *risk.model.buffers()]
-    modes = tuple(m.training for m in risk.model.modules())
-    places = tuple((t.data_ptr(), t._version) for t in held)
-    return (modes, places, _checksums(held))
-
-
 def _data_signature(batch: Batch) -> Signature:
-    held = tensors((batch.risk.in_memory or ())[batch.index])
-    return tuple((id(t), t.data_ptr(), t._version) for t in held)
+    held = list(tensors((batch.risk.in_memory or ())[batch.index]))
+    return (*((id(t), t.data_ptr(), t._version) for t in held), *_checksums(held))
 
 
 def _checksums(held: Sequence[Tensor]) -> tuple[int, ...]:
-    """Sums of the bits, which see changes made behind autograd's back (``p.data``)."""
+    """Sums of the bits, which see most changes that autograd does not (by NumPy)."""
     sums = [_bits(t.detach()).sum() for t in held if t.numel()]
     return tuple(torch.stack(sums).tolist()) if sums else ()
 

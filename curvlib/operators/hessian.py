@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
@@ -101,12 +102,21 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
             parts: list[Tensor | None] = [None] * len(params)
             if gradients:  # else the loss is linear in the parameters
                 vectors = space.split(columns[:, piece])
-                parts = derivative(
-                    [g for _, g in gradients],
-                    params,
-                    [vectors[i].to(g.dtype) for i, g in gradients],
-                    retain_graph=kept or piece.stop < columns.shape[1],
-                )
+                try:
+                    parts = derivative(
+                        [g for _, g in gradients],
+                        params,
+                        [vectors[i].to(g.dtype) for i, g in gradients],
+                        retain_graph=kept or piece.stop < columns.shape[1],
+                    )
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"the gradient of batch {batch.index} cannot be differentiated again: "
+                        f"{error}; use curvlib.ggn(risk), which needs first derivatives only, or "
+                        "hessian(risk, method='finite_difference')"
+                    ) from error
             space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
         return out
 

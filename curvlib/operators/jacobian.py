@@ -56,8 +56,10 @@ def jacobian(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
             for batch in risk.batches():
                 for piece in pieces(columns.shape[1], max(1, cache.room)):
                     part = tangents_of(batch, space.split(columns[:, piece])).flatten(1)
+                    _require_rows(start + part.shape[1], rows)
                     out[start : start + part.shape[1], piece] = part.mT
                 start += part.shape[1]
+        _require_rows(rows, start)
         return out
 
     def transposed(columns: Tensor) -> Tensor:
@@ -69,6 +71,7 @@ def jacobian(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
             for batch in risk.batches():
                 output, kept = cache.graph(batch)
                 stop = start + output.numel()
+                _require_rows(stop, rows)
                 if not output.requires_grad:
                     start = stop
                     continue
@@ -82,6 +85,7 @@ def jacobian(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
                     )
                     space.write(parts, out[:, piece], add=True)
                 start = stop
+        _require_rows(rows, start)
         return out
 
     return LinearOperator(
@@ -93,6 +97,14 @@ def jacobian(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
         name="Jacobian",
         identity=risk.fingerprint,
     )
+
+
+def _require_rows(needed: int, present: int) -> None:
+    if needed > present:
+        raise RuntimeError(
+            "the data changed between passes: the Jacobian was built for another number of "
+            "outputs; build it again, and use data of fixed length"
+        )
 
 
 def ntk(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:

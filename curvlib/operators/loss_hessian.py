@@ -39,13 +39,17 @@ def loss_hessian(batch: Batch, output: Tensor) -> Curvature:
         return expected_hessian(loss, output, batch.target)
     leaf = output.detach().requires_grad_()
     value = batch.total(leaf)
-    if not value.requires_grad:
+    gradient = (
+        torch.autograd.grad(value, leaf, create_graph=True, allow_unused=True)[0]
+        if value.requires_grad
+        else None
+    )
+    if gradient is None:
         raise ValueError(
             f"the loss of batch {batch.index} does not depend on the model's output, which "
             f"{loss.describe()} gets as its first argument; for a model that computes its own "
             "loss, let forward= return the logits"
         )
-    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
     if not gradient.requires_grad:  # the loss is linear in the output
         return torch.zeros_like
 
