@@ -44,8 +44,8 @@ def _known(name: str, case: Case) -> bool:
 
 
 OPERATORS: dict[str, Operator] = {
-    "hessian": Operator(lambda r, **kw: cl.hessian(r, **kw), "hessian", False),
-    "ggn": Operator(lambda r, **kw: cl.ggn(r, **kw), "ggn", True, _tensor_outputs),
+    "hessian": Operator(cl.hessian, "hessian", False),
+    "ggn": Operator(cl.ggn, "ggn", True, _tensor_outputs),
     "type2": Operator(lambda r: cl.fisher(r, kind="type2"), "type2", True, _known),
     "empirical": Operator(lambda r: cl.fisher(r, kind="empirical"), "empirical", True, _splittable),
 }

@@ -94,10 +94,27 @@ def test_split_of_a_column_contiguous_block_gives_views() -> None:
 def test_join_makes_column_contiguous_blocks_and_zeros_for_none() -> None:
     space = ParamSpace.of(_net())
     parts = [torch.ones(4, 3, 2), None, torch.ones(4, 1, 3), None]
-    block = space.join(parts, 4)
+    block = space.join(parts, columns=4)
     assert block.shape == (13, 4)
     assert block.T.is_contiguous()
     assert block.sum(1).tolist() == [4.0] * 6 + [0.0] * 3 + [4.0] * 3 + [0.0]
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_scales_and_adds(columns: int | None, dtype: torch.dtype) -> None:
+    space = ParamSpace.from_named({"a": torch.zeros(2, 2, dtype=dtype), "b": torch.zeros(3)})
+    lead = () if columns is None else (columns,)
+    part = torch.arange(4 * (columns or 1), dtype=dtype).reshape(*lead, 2, 2)
+    expected = space.join([part, None], columns=columns)
+    out = space.empty(columns).fill_(7.0)
+    assert out.shape == (7, *lead)
+    space.write([part, None], out, scale=0.5)
+    assert torch.equal(out, 0.5 * expected)
+    assert out[4:].abs().sum() == 0
+    out.fill_(7.0)
+    space.write([part, None], out, scale=-2.0, add=True)
+    assert torch.equal(out, 7.0 - 2.0 * expected)
 
 
 def test_restrict_keeps_the_order_of_the_space() -> None:
@@ -142,7 +159,7 @@ def test_split_and_join_are_inverse(
     parts = space.split(flat)
     lead = () if columns is None else (columns,)
     assert [tuple(p.shape) for p in parts] == [(*lead, *s) for s in shapes]
-    assert torch.equal(space.join(parts, columns), flat)
+    assert torch.equal(space.join(parts, columns=columns), flat)
     for k in range(columns or 0):  # a column is split as a vector is
         alone = space.split(flat[:, k])
         assert all(torch.equal(p[k], q) for p, q in zip(parts, alone, strict=True))
