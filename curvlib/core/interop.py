@@ -122,11 +122,7 @@ def to_cupy(op: LinearOperator | Tensor) -> Any:
     """
     cupy, sparse = _cupy()
     A = as_operator(op)
-    if A.device.type != "cuda":
-        raise ValueError(
-            f"to_cupy needs an operator on a CUDA device, got {A.device}; move the model with "
-            "model.to('cuda'), or use to_scipy"
-        )
+    _require_cuda(A.device)
 
     def product(x: Any, multiply: Any) -> Any:
         array = x if x.ndim == 2 else x[:, None]
@@ -144,14 +140,20 @@ def to_cupy(op: LinearOperator | Tensor) -> Any:
     )
 
 
-def from_cupy(matrix: Any) -> LinearOperator:
+def from_cupy(matrix: Any, *, device: torch.device | str = "cuda") -> LinearOperator:
     """A curvlib operator from a CuPy operator, sparse matrix or array, without copies.
+
+    Args:
+        matrix: What ``cupyx.scipy.sparse.linalg.aslinearoperator`` takes.
+        device: The CUDA device on which it lives.
 
     Raises:
         ImportError: If CuPy is missing.
         TypeError: If the matrix is not real.
+        ValueError: If the device is no CUDA device.
     """
     cupy, sparse = _cupy()
+    _require_cuda(torch.device(device))
     A = sparse.aslinearoperator(matrix)
     kind = np.dtype(A.dtype)
     if kind.kind not in "fiub":
@@ -165,10 +167,18 @@ def from_cupy(matrix: Any) -> LinearOperator:
         lambda V: product(V, A.matmat),
         (A.shape[0], A.shape[1]),
         dtype=torch.float32 if kind == np.float32 else torch.float64,
-        device="cuda",
+        device=device,
         rmatmat=lambda V: product(V, A.rmatmat),
         name="CuPy operator",
     )
+
+
+def _require_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"CuPy works on CUDA devices, got {device}; move the model with model.to('cuda'), or "
+            "use to_scipy and from_scipy"
+        )
 
 
 def to_dlpack(vectors: Tensor) -> Any:

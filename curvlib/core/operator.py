@@ -85,7 +85,7 @@ class LinearOperator:
             raise ValueError(f"a symmetric operator is square, got shape {tuple(shape)}")
         self.shape = (int(shape[0]), int(shape[1]))
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0" from here on
         self.symmetric = symmetric or psd
         self.psd = psd
         self.space = space
