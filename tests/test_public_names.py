@@ -18,6 +18,7 @@ NAMES = [
     "eigenpairs",
     "fisher",
     "from_cupy",
+    "from_dlpack",
     "from_scipy",
     "ggn",
     "gradients",
@@ -26,6 +27,7 @@ NAMES = [
     "jacobian",
     "ntk",
     "to_cupy",
+    "to_dlpack",
     "to_scipy",
 ]
 OPTIONAL = ["backpack", "cupy", "curvlinops", "matplotlib", "pandas", "sklearn", "transformers"]
@@ -44,7 +46,7 @@ def test_import_changes_nothing_and_loads_nothing_optional():
     """Rules 1 and 9: no settings, no seeds, no filters; optional parts load at the call."""
     program = f"""
 import sys, warnings
-import torch
+import torch, scipy.sparse.linalg  # SciPy itself adds a filter
 before = (torch.get_rng_state().tolist(), torch.get_default_dtype(), warnings.filters[:],
           torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads())
 import curvlib, curvlib.cli, curvlib.demo

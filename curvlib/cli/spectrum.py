@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("target", nargs="?", metavar="TARGET", help="file.py:name or package.module:name")
     add("--curvature", choices=sorted(_OPERATORS), default="hessian", help="default: hessian")
-    add("--k", type=_count, default=10, help="number of eigenvalues (default: 10)")
+    add("--k", type=_count, help="number of eigenvalues (default: 10, or all of fewer)")
     add(
         "--which",
         choices=("LA", "SA", "LM", "BE"),
@@ -102,11 +102,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         for finding in risk.check(seed=args.seed).findings:
             print(f"check: {finding.kind}: {finding.message}\n  what to do: {finding.remedy}")
     op = _OPERATORS[args.curvature](risk, args.seed)
+    k = min(10, op.shape[0]) if args.k is None else args.k
     command = shlex.join(["curvlib", *argv])
     try:
         pairs = eigenpairs(
             op,
-            args.k,
+            k,
             which=args.which,
             tolerance=args.tolerance,
             seed=args.seed,
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             op,
             steps=args.steps,
             probes=args.probes,
-            deflate=pairs if args.k < op.shape[0] else None,
+            deflate=pairs if k < op.shape[0] else None,
             seed=args.seed,
             checkpoint=checkpoints / "density.safetensors",
             save_every=args.save_every,
