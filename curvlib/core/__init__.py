@@ -1,0 +1,1 @@
+"""Nouns: spaces, operators, risks, results, runs."""

@@ -98,12 +98,13 @@ class Batch:
             ValueError: If the loss does not depend on any of the parameters.
         """
         if params is not None:
-            return self.risk.replaced(params, lambda: self._gradient(create_graph, params))
+            out: list[Tensor | None] = self.risk.replaced(
+                params, lambda: self._gradient(create_graph, params)
+            )
+            return out
         return self._gradient(create_graph, self.risk.params)
 
-    def _gradient(
-        self, create_graph: bool, params: Mapping[str, Tensor]
-    ) -> list[Tensor | None]:
+    def _gradient(self, create_graph: bool, params: Mapping[str, Tensor]) -> list[Tensor | None]:
         value = self.total(self.output())
         if value.requires_grad:
             leaves = list(params.values())

@@ -212,7 +212,9 @@ def _second_derivative(risk: Risk, seed: int) -> tuple[float, float]:
     space, params = risk.space, list(risk.params.values())
     generator = torch.Generator().manual_seed(seed)
     u, v = (
-        torch.randn(space.size, generator=generator, dtype=torch.float64).to(space.device, space.dtype)
+        torch.randn(space.size, generator=generator, dtype=torch.float64).to(
+            space.device, space.dtype
+        )
         for _ in range(2)
     )
     with risk.untouched():
@@ -221,12 +223,13 @@ def _second_derivative(risk: Risk, seed: int) -> tuple[float, float]:
         used = [(i, x) for i, x in enumerate(g) if x is not None and x.requires_grad]
 
         def product(vector: Tensor) -> Tensor:
-            parts: Any = [None] * len(params)
-            if used:
-                cotangents = [space.split(vector)[i].to(x.dtype) for i, x in used]
-                parts = torch.autograd.grad(
-                    [x for _, x in used], params, cotangents, retain_graph=True, allow_unused=True
-                )
+            if not used:
+                return torch.zeros_like(vector)
+            cotangents = [space.split(vector)[i].to(x.dtype) for i, x in used]
+            outputs = [x for _, x in used]
+            parts = torch.autograd.grad(
+                outputs, params, cotangents, retain_graph=True, allow_unused=True
+            )
             return space.join(parts)
 
         Hu, Hv = product(u), product(v)
@@ -258,7 +261,8 @@ def central_difference(batch: Batch, vector: Tensor) -> Tensor:
             for (n, p), part in zip(center.items(), space.split(vector), strict=True)
         }
         ends.append(space.join(batch.gradient(params=moved)))
-    return (ends[0] - ends[1]) / (2.0 * h)
+    difference: Tensor = (ends[0] - ends[1]) / (2.0 * h)
+    return difference
 
 
 def non_finite(risk: Risk) -> str:
@@ -284,8 +288,8 @@ def non_finite(risk: Risk) -> str:
             for name, g in zip(risk.space.names, batch.gradient(), strict=True):
                 if g is not None and not bool(torch.isfinite(g).all()):
                     return (
-                        f"the gradient of parameter {name!r} is not finite at {where}; the loss has "
-                        "an infinite slope there (a root or a logarithm at zero), or overflows"
+                        f"the gradient of parameter {name!r} is not finite at {where}; the loss "
+                        "has an infinite slope there (a root or a logarithm at zero), or overflows"
                     )
     return (
         "the product is not finite, though losses and gradients are: the vectors are not finite or "

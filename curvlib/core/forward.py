@@ -32,7 +32,9 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def arranged(model: nn.Module, params: Mapping[str, Tensor], device: torch.device) -> Iterator[None]:
+def arranged(
+    model: nn.Module, params: Mapping[str, Tensor], device: torch.device
+) -> Iterator[None]:
     """Arranges the model and the kernels for second derivatives with respect to ``params``."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -103,9 +105,7 @@ class SpotAttention(TorchFunctionMode):
         super().__init__()
         self.seen = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Forwards the call, and remembers attention."""
         if func is F.scaled_dot_product_attention:
             self.seen = True

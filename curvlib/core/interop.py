@@ -7,6 +7,7 @@ through DLPack. Nothing is copied but to change the memory order that the other 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from scipy.sparse.linalg import aslinearoperator
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack as from_dlpack_
 
 from curvlib.core.operator import LinearOperator, as_operator
 
@@ -126,7 +128,7 @@ def to_cupy(op: LinearOperator | Tensor) -> Any:
 
     def product(x: Any, multiply: Any) -> Any:
         array = x if x.ndim == 2 else x[:, None]
-        return cupy.from_dlpack(multiply(torch.from_dlpack(array)).contiguous()).reshape(
+        return cupy.from_dlpack(multiply(from_dlpack_(array)).contiguous()).reshape(
             -1, *x.shape[1:]
         )
 
@@ -161,7 +163,7 @@ def from_cupy(matrix: Any, *, device: torch.device | str = "cuda") -> LinearOper
 
     def product(columns: Tensor, multiply: Any) -> Tensor:
         out = multiply(cupy.from_dlpack(columns.contiguous()))
-        return torch.from_dlpack(cupy.ascontiguousarray(out))
+        return from_dlpack_(cupy.ascontiguousarray(out))
 
     return LinearOperator(
         lambda V: product(V, A.matmat),
@@ -203,14 +205,14 @@ def from_dlpack(array: Any) -> Tensor:
             f"expected an array that has __dlpack__ (NumPy, CuPy, JAX, ...), "
             f"got {type(array).__name__}"
         )
-    tensor: Tensor = torch.from_dlpack(array)
+    tensor: Tensor = from_dlpack_(array)
     return tensor
 
 
 def _cupy() -> tuple[ModuleType, ModuleType]:
     try:
-        import cupy
-        import cupyx.scipy.sparse.linalg as sparse
+        cupy = importlib.import_module("cupy")
+        sparse = importlib.import_module("cupyx.scipy.sparse.linalg")
     except ImportError:
         raise ImportError(
             "CuPy is needed for this: pip install 'curvlib[cupy]' (or the cupy-cuda wheel of your "

@@ -75,7 +75,7 @@ class Loss:
 
     @property
     def categorical(self) -> bool:
-        """Whether outputs are (log-)probabilities of classes along axis 1 (0 if one-dimensional)."""
+        """Whether outputs are scores of classes along axis 1 (0 if one-dimensional)."""
         return self.kind in ("cross_entropy", "nll")
 
     def total(self, output: Any, target: Any, terms: Tensor | float = 1.0) -> Tensor:

@@ -357,16 +357,17 @@ class LinearOperator:
 
     def _indices(self, index: Index, axis: int) -> Tensor:
         length = self.shape[axis]
-        if isinstance(index, str):
-            index = [index]
-        if isinstance(index, Sequence) and len(index) > 0 and isinstance(index[0], str):
+        globs = [index] if isinstance(index, str) else index
+        if isinstance(globs, Sequence) and any(isinstance(g, str) for g in globs):
             if self.space is None:
                 raise ValueError(
                     f"{self!r} is not indexed by parameters: select by indices, not {index!r}"
                 )
-            names = [n for n in self.space.names if any(fnmatchcase(n, g) for g in index)]  # type: ignore[arg-type]
+            names = [n for n in self.space.names if any(fnmatchcase(n, str(g)) for g in globs)]
             if not names:
-                raise ValueError(f"no parameter matches {index!r}; there are {self.space.names}")
+                raise ValueError(
+                    f"no parameter matches {list(globs)}; there are {self.space.names}"
+                )
             parts = [torch.arange(s.start, s.stop) for s in map(self.space.slice, names)]
             return torch.cat(parts).to(self.device)
         if isinstance(index, slice):
@@ -449,7 +450,7 @@ def _combine(a: LinearOperator, b: LinearOperator, sign: float) -> LinearOperato
         restrict=(
             None
             if a._restrict is None or b._restrict is None or a.space != b.space
-            else lambda names: _combine(a._restrict(names), b._restrict(names), sign)  # type: ignore[misc]
+            else lambda names: _combine(a._restrict(names), b._restrict(names), sign)
         ),
     )
 

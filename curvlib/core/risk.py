@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from curvlib.core import forward as passes
 from curvlib.core.batch import Batch, misread_mean
-from curvlib.core.data import describe, in_memory, is_mapping, is_pair, reiterable, tensors, to_device
+from curvlib.core.data import (
+    describe,
+    in_memory,
+    is_mapping,
+    is_pair,
+    reiterable,
+    tensors,
+    to_device,
+)
 from curvlib.core.loss import Loss, read_loss
 from curvlib.core.operator import digest
 from curvlib.core.space import ParamSelection, ParamSpace, select
@@ -55,7 +63,8 @@ class Risk:
         weight: Function of ``batch`` returning its number of loss terms (the denominator of its
             mean), for losses that curvlib does not know.
         reduction: ``"mean"`` or ``"sum"``, for losses that do not say it.
-        params: Name globs, modules, tensors, or a list of them: see :func:`curvlib.core.space.select`.
+        params: Name globs, modules, tensors, or a list of them: see
+            :func:`curvlib.core.space.select`.
         device: Where batches are moved. Default: the parameters' device.
 
     Raises:
@@ -131,7 +140,7 @@ class Risk:
         return self.accumulate(add)
 
     def weight(self) -> float:
-        """Total weight ``W`` of the loss terms: 1 for ``reduction="sum"``. One pass over the data."""
+        """Total weight ``W`` of the loss terms (1 for ``reduction="sum"``), in one pass."""
         if self.loss.reduction == "sum":
             return 1.0
         with self.untouched():

@@ -129,7 +129,7 @@ class ParamSpace:
         return out if columns is None else out.mT
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Splits ``[P]`` into tensors of the parameters' shapes, or ``[P, K]`` into ``[K, *shape]``.
+        """Splits ``[P]`` into the parameters' shapes, or ``[P, K]`` into ``[K, *shape]``.
 
         The columns of a block become the *leading* axis, which is what batched derivatives
         take. The parts are views where ``flat`` is column-contiguous, in the vectors' dtype.
@@ -142,13 +142,14 @@ class ParamSpace:
                 f"expected a flat vector of length {self.size}, got {list(flat.shape)}"
             )
         rows = flat if flat.ndim == 1 else flat.mT.contiguous()
-        parts = torch.split(rows, self.sizes, dim=-1)
+        parts = torch.split(rows, list(self.sizes), dim=-1)
         return [
-            p.reshape((*flat.shape[1:], *shape)) for p, shape in zip(parts, self.shapes, strict=True)
+            p.reshape((*flat.shape[1:], *shape))
+            for p, shape in zip(parts, self.shapes, strict=True)
         ]
 
     def join(self, parts: Sequence[Tensor | None], *, columns: int | None = None) -> Tensor:
-        """Joins tensors of the parameters' shapes into ``[P]``, or ``[K, *shape]`` into ``[P, K]``.
+        """Joins the parameters' shapes into ``[P]``, or ``[K, *shape]`` into ``[P, K]``.
 
         Args:
             parts: One tensor for each parameter; ``None`` stands for zeros.
@@ -178,7 +179,7 @@ class ParamSpace:
             add: Whether to add to what ``out`` holds.
         """
         rows = out if out.ndim == 1 else out.mT
-        pieces = torch.split(rows, self.sizes, dim=-1)
+        pieces = torch.split(rows, list(self.sizes), dim=-1)
         for piece, part in zip(pieces, parts, strict=True):
             if part is None:
                 if not add:

@@ -1,0 +1,1 @@
+"""From a risk to its operators."""

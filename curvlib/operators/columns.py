@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def pieces(count: int, room: int, space: ParamSpace | None = None) -> list[slice
         size = min(size, MAX_BYTES // (space.size * torch.finfo(space.dtype).bits // 8))
     parts = -(-count // max(1, size))
     ends = [round(i * count / parts) for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 @contextmanager
@@ -75,17 +76,16 @@ def derivative(
                 )
         except RuntimeError:  # no batching rule (GroupNorm): the columns go one by one
             pass
-    rows = []
-    for k in range(count):
-        rows.append(
-            torch.autograd.grad(
-                outputs,
-                inputs,
-                [c[k] for c in cotangents],
-                retain_graph=retain_graph or k + 1 < count,
-                allow_unused=True,
-            )
+    rows = [
+        torch.autograd.grad(
+            outputs,
+            inputs,
+            [c[k] for c in cotangents],
+            retain_graph=retain_graph or k + 1 < count,
+            allow_unused=True,
         )
+        for k in range(count)
+    ]
     return [
         None if parts[0] is None else torch.stack([p for p in parts if p is not None])
         for parts in zip(*rows, strict=True)

@@ -77,7 +77,7 @@ def fisher(
     if kind not in _KINDS:
         raise ValueError(f"kind= is one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
     if samples < 1:
-        raise ValueError(f"samples= is a number of sampled targets, at least 1, got {samples}")
+        raise ValueError(f"samples= needs at least one sampled target, got {samples}")
     if kind != "empirical" and not risk.loss.known:
         raise ValueError(
             f"the loss {risk.loss.describe()} is no likelihood that curvlib knows, so there is no "

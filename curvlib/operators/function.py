@@ -37,8 +37,8 @@ def hessian_of(fn: Callable[[Tensor], Tensor], x: Tensor) -> LinearOperator:
     """
     if not callable(fn):
         raise TypeError(f"fn= needs a function of one tensor, got {type(fn).__name__}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    kind = getattr(x, "dtype", type(x).__name__)
+    if kind not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"x= needs a real floating-point tensor, got {kind}")
     leaf = x.detach().clone().requires_grad_()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -48,10 +48,8 @@ def hessian_of(fn: Callable[[Tensor], Tensor], x: Tensor) -> LinearOperator:
         if not graph:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 value = fn(leaf)
-                if not isinstance(value, Tensor):
-                    raise TypeError(
-                        f"fn should return a scalar tensor, got {type(value).__name__}"
-                    )
+                if not torch.is_tensor(value):
+                    raise TypeError(f"fn should return a scalar tensor, got {type(value).__name__}")
                 if value.ndim != 0:
                     raise ValueError(
                         f"fn should return a scalar, got shape {list(value.shape)}; "

@@ -18,22 +18,23 @@ First derivatives of either mode are right through all normalization layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from curvlib.core.batch import Batch
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly, derivative, pieces
-from curvlib.operators.graphs import GraphCache
+from curvlib.operators.graphs import GraphCache, once_differentiable
 from curvlib.operators.loss_hessian import Curvature, tensor_output
 
 
@@ -100,6 +101,8 @@ class _Product:
         self.risk = risk
         self.curvature = curvature
         self.cache = GraphCache(risk, memory, self._build)
+        self._verified = False  # that pullback graphs can be differentiated
+        self._forward_failed: Exception | None = None
         convolutions = (nn.modules.conv._ConvNd,)
         self.reverse = risk.in_memory is not None and not any(
             isinstance(m, convolutions) for m in risk.model.modules()
@@ -110,7 +113,20 @@ class _Product:
         return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns))
 
     def _build(self, batch: Batch) -> OutputGraph:
-        return _pullback_graph(batch) if self.reverse else OutputGraph(tensor_output(batch))
+        if not self.reverse:
+            return OutputGraph(tensor_output(batch))
+        graph = _pullback_graph(batch)
+        if not self._verified and once_differentiable([g for _, g in graph.pullback]):
+            if self._forward_failed is not None:
+                raise RuntimeError(
+                    "the model uses an autograd function that has neither a forward-mode nor a "
+                    f"second derivative (@once_differentiable): {self._forward_failed}; give it a "
+                    "jvp, or a backward that can be differentiated"
+                ) from self._forward_failed
+            self.reverse = False  # the forward route needs no second derivative
+            return OutputGraph(graph.output)
+        self._verified = True
+        return graph
 
     def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
         space, count = self.risk.space, columns.shape[1]
@@ -118,7 +134,7 @@ class _Product:
         out = space.empty(count) if total is None else total
         if count == 1 and not self.reverse and not self.cache.keeps:
             vectors = [v[0] for v in space.split(columns)]
-            shared = self._forward(lambda: _dual(batch, vectors))
+            shared = self._forward(partial(_dual, batch, vectors))
             if shared is not None:
                 output, tangent = shared
                 product = self.curvature(batch, output.detach())(tangent.unsqueeze(0))
@@ -133,7 +149,7 @@ class _Product:
             vectors = space.split(columns[:, wide])
             tangents = None
             if graph.dummy is None:
-                tangents = self._forward(lambda v=vectors: _tangents(batch, v))
+                tangents = self._forward(partial(_tangents, batch, vectors))
                 if tangents is None:  # no forward mode: the graph is built for the other route
                     graph, kept = self.cache.graph(batch)
             if tangents is None:
@@ -156,7 +172,10 @@ class _Product:
             return None
         try:
             return compute()
-        except (NotImplementedError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            self._forward_failed = error
             self.reverse = True  # an error that is the model's own comes again, and is raised
             self.cache = GraphCache(self.risk, self.cache.budget, self._build)
             return None
@@ -166,8 +185,13 @@ def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
     """``J V`` of one batch, ``[K, *output.shape]``, by the route that the model allows."""
     try:
         return _tangents(batch, vectors)
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError):
-        return _reverse_tangents(_pullback_graph(batch), vectors)
+        graph = _pullback_graph(batch)
+        if once_differentiable([g for _, g in graph.pullback]):
+            raise
+        return _reverse_tangents(graph, vectors)
 
 
 def _pullback_graph(batch: Batch) -> OutputGraph:
@@ -176,7 +200,9 @@ def _pullback_graph(batch: Batch) -> OutputGraph:
         return OutputGraph(output)
     dummy = torch.zeros_like(output, requires_grad=True)
     params = list(batch.risk.params.values())
-    parts = torch.autograd.grad(output, params, dummy, create_graph=True, allow_unused=True)
+    parts: Sequence[Tensor | None] = torch.autograd.grad(
+        output, params, dummy, create_graph=True, allow_unused=True
+    )
     pullback = ((i, g) for i, g in enumerate(parts) if g is not None and g.requires_grad)
     return OutputGraph(output, dummy, tuple(pullback))
 
@@ -197,9 +223,7 @@ def _dual(batch: Batch, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
 def _tangents(batch: Batch, vectors: list[Tensor]) -> Tensor:
     """Tangents ``[K, *output.shape]`` of the output along ``K`` vectors."""
     params = {name: p.detach() for name, p in batch.risk.params.items()}
-    tangents = {
-        name: v.to(p.dtype) for (name, p), v in zip(params.items(), vectors, strict=True)
-    }
+    tangents = {name: v.to(p.dtype) for (name, p), v in zip(params.items(), vectors, strict=True)}
 
     def call(values: dict[str, Tensor]) -> Tensor:
         output: Tensor = batch.output(values)

@@ -36,11 +36,13 @@ class GraphCache(Generic[Graph]):
         risk: The risk.
         budget: Bytes that kept graphs may hold.
         build: Builds the graph of one batch.
+        verify: Raises if a graph cannot be differentiated; called for the first graph.
     """
 
     risk: Risk
     budget: int
     build: Callable[[Batch], Graph]
+    verify: Callable[[Graph], None] | None = None
     _kept: dict[int, tuple[Signature, Graph, int]] = field(default_factory=dict)
     _model: tuple[Signature, list[Tensor]] = field(default_factory=lambda: ((), []))
     _largest: int | None = None
@@ -97,8 +99,31 @@ class GraphCache(Generic[Graph]):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             graph = self.build(batch)
+        if self.verify is not None and self._largest is None:
+            self.verify(graph)
         self._largest = max(self._largest or 0, size)
         return graph
+
+
+def once_differentiable(outputs: Sequence[Tensor]) -> bool:
+    """Whether a graph passes through a function that is marked ``@once_differentiable``.
+
+    Such a function puts a node that raises into the graph of its backward, without a path to the
+    parameters: ``torch.autograd.grad`` leaves it out, and second derivatives silently lack it.
+    """
+    stack = [t.grad_fn for t in outputs]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name().endswith("::Error") or node.name() == "Error":
+            return True
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return False
 
 
 def _data_signature(batch: Batch) -> Signature:

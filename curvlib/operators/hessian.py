@@ -27,7 +27,7 @@ from curvlib.core.check import central_difference
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import derivative, pieces
-from curvlib.operators.graphs import GraphCache
+from curvlib.operators.graphs import GraphCache, once_differentiable
 
 #: Default budget, in bytes, for graphs that are kept and for columns that are done at once.
 MEMORY = 2**30
@@ -62,7 +62,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
     if method == "exact":
-        cache = GraphCache(risk, memory, _gradient_graph)
+        cache = GraphCache(risk, memory, _gradient_graph, _require_second)
         product: Callable[[Tensor], Tensor] = partial(_product, cache)
         name = "Hessian"
     elif method == "finite_difference":
@@ -88,6 +88,15 @@ def _gradient_graph(batch: Batch) -> list[tuple[int, Tensor]]:
     """Entries of the gradient that depend on the parameters any further, by parameter."""
     gradients = enumerate(batch.gradient(create_graph=True))
     return [(i, g) for i, g in gradients if g is not None and g.requires_grad]
+
+
+def _require_second(gradients: list[tuple[int, Tensor]]) -> None:
+    if once_differentiable([g for _, g in gradients]):
+        raise RuntimeError(
+            "the model uses an autograd function marked @once_differentiable, so its gradient has "
+            "no derivative (PyTorch would silently leave terms out); use curvlib.ggn(risk), which "
+            "needs first derivatives only, or hessian(risk, method='finite_difference')"
+        )
 
 
 def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Tensor:

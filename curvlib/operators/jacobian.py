@@ -128,5 +128,3 @@ def ntk(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
     kernel: LinearOperator = J @ J.T
     kernel.name = "NTK"
     return kernel
-
-

@@ -18,7 +18,9 @@ F64 = torch.float64
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype = F64) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(3), dtype=F64).to(
+        dtype
+    )
 
 
 # ------------------------------------------------------------------------ SciPy
@@ -81,7 +83,7 @@ def test_round_trip_of_a_rectangular_operator():
 
 
 def test_from_scipy_refuses():
-    with pytest.raises(TypeError, match="expected a SciPy operator.*got str"):
+    with pytest.raises(TypeError, match=r"expected a SciPy operator.*got str"):
         cl.from_scipy("matrix")
     with pytest.raises(TypeError, match="expected a real matrix, got complex128"):
         cl.from_scipy(np.eye(2) * 1j)
@@ -106,7 +108,7 @@ def test_dlpack_shares_memory_both_ways():
 def test_dlpack_refuses():
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got list"):
         cl.to_dlpack([1.0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected an array that has __dlpack__.*got list"):
+    with pytest.raises(TypeError, match=r"expected an array that has __dlpack__.*got list"):
         cl.from_dlpack([1.0])
 
 
