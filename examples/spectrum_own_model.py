@@ -1,4 +1,4 @@
-"""Spectra of one's own model, loss and data, in the three shapes that users have.
+"""Spectra of one's own model, loss and data, in the shapes that users have.
 
 Also a TARGET of the command line:
     curvlib spectrum examples/spectrum_own_model.py:classifier
@@ -37,19 +37,35 @@ class TinyLanguageModel(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def language_model() -> cl.Risk:
-    """Dictionaries with unequal masks, and a model that returns its own loss."""
+def masked_batches() -> list[dict[str, torch.Tensor]]:
+    """Dictionaries of unequal lengths, with 30 % of the labels masked."""
     draw = torch.Generator().manual_seed(0)
     batches = []
     for length in (8, 12, 5):
         ids = torch.randint(32, (4, length), generator=draw)
         labels = torch.where(torch.rand(ids.shape, generator=draw) < 0.3, -100, ids)
         batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def language_model() -> cl.Risk:
+    """A model that returns its own loss: one line, and one more for the terms of its mean."""
     return cl.Risk(
         TinyLanguageModel(),
         loss=lambda output, batch: output["loss"],
-        data=batches,
-        weight=lambda batch: (batch["labels"][:, 1:] != -100).sum(),  # terms of its mean
+        data=masked_batches(),
+        weight=lambda batch: (batch["labels"][:, 1:] != -100).sum(),
+    )
+
+
+def language_model_by_logits(model: nn.Module) -> cl.Risk:
+    """The same with a loss that curvlib knows, which the GGN and the Fisher matrices need."""
+    return cl.Risk(
+        model,
+        nn.CrossEntropyLoss(),
+        data=masked_batches(),
+        forward=lambda m, batch: m(**batch)["logits"][:, :-1].mT,
+        target=lambda batch: batch["labels"][:, 1:],
     )
 
 
@@ -65,16 +81,26 @@ def regression() -> cl.Risk:
     )
 
 
+def describe(name: str, risk: cl.Risk) -> None:
+    """Checks a risk and prints its spectra."""
+    report = risk.check()
+    ends = cl.eigenpairs(cl.hessian(risk), k=4, which="BE", seed=0).values
+    top = cl.eigenpairs(cl.ggn(risk), k=1, seed=0).values[0]
+    spectrum = cl.density(cl.hessian(risk), steps=20, probes=4, seed=0)
+    print(f"{name}: {risk.space.size} parameters, risk {float(risk.value()):.4f}")
+    print(f"  checks:       {'passed' if report.ok else report}")
+    print(f"  both ends:    {', '.join(f'{value:.4f}' for value in ends.tolist())}")
+    print(f"  top of GGN:   {float(top):.4f}")
+    print(f"  trace:        {spectrum.trace:.3f} ± {spectrum.trace_stderr:.3f}")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for make in (classifier, language_model, regression):
-        risk = make()
-        report = risk.check()
-        H, G = cl.hessian(risk), cl.ggn(risk)
-        both = cl.eigenpairs(H, k=4, which="BE", seed=0)
-        spectrum = cl.density(H, steps=20, probes=4, seed=0)
-        print(f"{make.__name__}: {risk.space.size} parameters, risk {float(risk.value()):.4f}")
-        print(f"  checks:       {'passed' if report.ok else report}")
-        print(f"  both ends:    {[round(v, 4) for v in both.values.tolist()]}")
-        print(f"  top of GGN:   {float(cl.eigenpairs(G, k=1, seed=0).values[0]):.4f}")
-        print(f"  trace:        {float(spectrum.trace):.3f} ± {float(spectrum.trace_stderr):.3f}")
+    describe("classifier", classifier())
+    describe("regression", regression())
+    own_loss = language_model()
+    by_logits = language_model_by_logits(own_loss.model)
+    describe("language model", by_logits)
+
+    v = torch.randn(own_loss.space.size)
+    assert torch.allclose(cl.hessian(own_loss) @ v, cl.hessian(by_logits) @ v, atol=1e-4)
