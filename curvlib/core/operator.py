@@ -15,19 +15,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from curvlib.core import algebra
+from curvlib.core.algebra import Index
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
     from curvlib.core.space import ParamSpace
 
-#: What selects rows or columns: indices, a boolean mask, a slice, or parameter-name globs.
-Index = Tensor | slice | Sequence[int] | str | Sequence[str]
 Matmat = Callable[[Tensor], Tensor]
 
 
@@ -156,7 +156,7 @@ class LinearOperator:
     def __matmul__(self, other: Any) -> Any:
         """``A @ v``, ``A @ V`` or ``A @ B``."""
         if isinstance(other, LinearOperator):
-            return _product(self, other)
+            return algebra.product(self, other)
         if isinstance(other, Tensor) and other.ndim == 1:
             return self.matmat(_as_column(other, self.shape[1]))[:, 0]
         return self.matmat(other)
@@ -192,38 +192,31 @@ class LinearOperator:
         other = _operand(self, other, "+")
         if other is NotImplemented:
             return NotImplemented
-        return _combine(self, other, 1.0)
+        return algebra.combined(self, other, 1.0)
 
     def __sub__(self, other: Any) -> LinearOperator:
         other = _operand(self, other, "-")
         if other is NotImplemented:
             return NotImplemented
-        return _combine(self, other, -1.0)
+        return algebra.combined(self, other, -1.0)
 
     def __radd__(self, other: Any) -> LinearOperator:
         other = _operand(self, other, "+")
         if other is NotImplemented:
             return NotImplemented
-        return _combine(other, self, 1.0)
+        return algebra.combined(other, self, 1.0)
 
     def __rsub__(self, other: Any) -> LinearOperator:
         other = _operand(self, other, "-")
         if other is NotImplemented:
             return NotImplemented
-        return _combine(other, self, -1.0)
+        return algebra.combined(other, self, -1.0)
 
     def __mul__(self, factor: Any) -> LinearOperator:
         factor = _scalar(factor)
         if factor is None:
             return NotImplemented
-        return self._like(
-            lambda V: self.matmat(V) * factor,
-            rmatmat=lambda V: self.rmatmat(V) * factor,
-            psd=self.psd and factor >= 0,
-            name=f"{factor:g} * {_group(self.name)}",
-            identity=lambda: f"{self.fingerprint()}*{factor!r}",
-            restrict=_lift(lambda op: op * factor, self),
-        )
+        return algebra.scaled(self, factor)
 
     __rmul__ = __mul__
 
@@ -241,15 +234,7 @@ class LinearOperator:
     def shift(self, value: float) -> LinearOperator:
         """``A + value * I``, for a square operator (damping, deflation, spectral shifts)."""
         self._require_square("shift")
-        value = _finite(value)
-        return self._like(
-            lambda V: self.matmat(V) + value * V,
-            rmatmat=lambda V: self.rmatmat(V) + value * V,
-            psd=self.psd and value >= 0,
-            name=f"{self.name} {'+' if value >= 0 else '-'} {abs(value):g} I",
-            identity=lambda: f"{self.fingerprint()}+{value!r}",
-            restrict=_lift(lambda op: op.shift(value), self),
-        )
+        return algebra.shifted(self, _finite(value))
 
     def submatrix(self, rows: Index, columns: Index | None = None) -> LinearOperator:
         """The operator of some rows and columns.
@@ -264,26 +249,7 @@ class LinearOperator:
         Raises:
             ValueError: If an index is out of range, or a glob matches nothing.
         """
-        same = columns is None
-        left = self._indices(rows, 0)
-        right = left if columns is None else self._indices(columns, 1)
-
-        def embed(V: Tensor, index: Tensor, length: int) -> Tensor:
-            full = V.new_zeros((V.shape[1], length)).T
-            return full.index_copy_(0, index, V)
-
-        return self._like(
-            lambda V: self.matmat(embed(V, right, self.shape[1])).index_select(0, left),
-            rmatmat=lambda V: self.rmatmat(embed(V, left, self.shape[0])).index_select(0, right),
-            shape=(left.numel(), right.numel()),
-            symmetric=self.symmetric and same,
-            psd=self.psd and same,
-            space=None,
-            name=f"{_group(self.name)}[{left.numel()} x {right.numel()}]",
-            identity=lambda: (
-                f"{self.fingerprint()}[{_digest_indices(left)},{_digest_indices(right)}]"
-            ),
-        )
+        return algebra.submatrix(self, rows, columns)
 
     def blocks(self) -> dict[str, LinearOperator]:
         """Diagonal blocks, one for each layer (module that owns parameters), by name.
@@ -355,36 +321,6 @@ class LinearOperator:
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"{what} needs a square operator, got shape {self.shape}")
 
-    def _indices(self, index: Index, axis: int) -> Tensor:
-        length = self.shape[axis]
-        globs = [index] if isinstance(index, str) else index
-        if isinstance(globs, Sequence) and any(isinstance(g, str) for g in globs):
-            if self.space is None:
-                raise ValueError(
-                    f"{self!r} is not indexed by parameters: select by indices, not {index!r}"
-                )
-            names = [n for n in self.space.names if any(fnmatchcase(n, str(g)) for g in globs)]
-            if not names:
-                raise ValueError(
-                    f"no parameter matches {list(globs)}; there are {self.space.names}"
-                )
-            parts = [torch.arange(s.start, s.stop) for s in map(self.space.slice, names)]
-            return torch.cat(parts).to(self.device)
-        if isinstance(index, slice):
-            return torch.arange(length, device=self.device)[index]
-        where = torch.as_tensor(index, device=self.device)
-        if where.dtype == torch.bool:
-            if where.shape != (length,):
-                raise ValueError(f"a mask needs shape [{length}], got {list(where.shape)}")
-            return where.nonzero()[:, 0]
-        where = where.to(torch.int64).flatten()
-        if where.numel() and not (-length <= int(where.min()) and int(where.max()) < length):
-            raise ValueError(f"indices must lie in [{-length}, {length}), got {where.tolist()}")
-        where = where % length
-        if where.unique().numel() != where.numel():
-            raise ValueError("indices of a submatrix must not repeat")
-        return where
-
 
 def as_operator(matrix: LinearOperator | Tensor) -> LinearOperator:
     """An operator as it is, or a dense square or rectangular tensor as an operator.
@@ -434,44 +370,6 @@ def _as_column(vector: Tensor, length: int) -> Tensor:
     return vector[:, None]
 
 
-def _combine(a: LinearOperator, b: LinearOperator, sign: float) -> LinearOperator:
-    return a._like(
-        lambda V: a.matmat(V).add(b.matmat(V), alpha=sign),
-        rmatmat=(
-            None
-            if b._transposed_product is None
-            else lambda V: a.rmatmat(V).add(b.rmatmat(V), alpha=sign)
-        ),
-        symmetric=a.symmetric and b.symmetric,
-        psd=a.psd and b.psd and sign > 0,
-        space=a.space if a.space == b.space else None,
-        name=f"{a.name} {'+' if sign > 0 else '-'} {b.name if sign > 0 else _group(b.name)}",
-        identity=lambda: a.fingerprint() + b.fingerprint(),
-        restrict=(
-            None
-            if a._restrict is None or b._restrict is None or a.space != b.space
-            else lambda names: _combine(a._restrict(names), b._restrict(names), sign)
-        ),
-    )
-
-
-def _product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
-    if a.shape[1] != b.shape[0]:
-        raise ValueError(f"cannot multiply shapes {a.shape} and {b.shape}")
-    _require_same_kind(a, b, "@")
-    gram = b._base is a or a._base is b or (a is b and a.symmetric)
-    return a._like(
-        lambda V: a.matmat(b.matmat(V)),
-        rmatmat=None if b._transposed_product is None else lambda V: b.rmatmat(a.rmatmat(V)),
-        shape=(a.shape[0], b.shape[1]),
-        symmetric=gram,
-        psd=gram,
-        space=a.space if a.space == b.space else None,
-        name=f"{_group(a.name)} @ {_group(b.name)}",
-        identity=lambda: a.fingerprint() + b.fingerprint(),
-    )
-
-
 def _operand(op: LinearOperator, other: Any, sign: str) -> Any:
     if isinstance(other, Tensor) and other.ndim == 2:
         other = as_operator(other)
@@ -483,15 +381,8 @@ def _operand(op: LinearOperator, other: Any, sign: str) -> Any:
         return NotImplemented
     if op.shape != other.shape:
         raise ValueError(f"cannot combine shapes {op.shape} and {other.shape} with {sign!r}")
-    _require_same_kind(op, other, sign)
+    algebra.require_same_kind(op, other, sign)
     return other
-
-
-def _require_same_kind(a: LinearOperator, b: LinearOperator, sign: str) -> None:
-    if a.dtype != b.dtype:
-        raise TypeError(f"cannot combine {a.dtype} and {b.dtype} operators with {sign!r}")
-    if a.device != b.device:
-        raise ValueError(f"cannot combine operators on {a.device} and {b.device} with {sign!r}")
 
 
 def _scalar(value: Any) -> float | None:
@@ -505,18 +396,3 @@ def _finite(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"expected a finite factor or shift, got {number}")
     return number
-
-
-def _lift(
-    change: Callable[[LinearOperator], LinearOperator], op: LinearOperator
-) -> Callable[[tuple[str, ...]], LinearOperator] | None:
-    restrict = op._restrict
-    return None if restrict is None else lambda names: change(restrict(names))
-
-
-def _group(name: str) -> str:
-    return f"({name})" if " " in name else name
-
-
-def _digest_indices(index: Tensor) -> str:
-    return digest([index])
