@@ -21,7 +21,6 @@ print(f"gradient descent is stable up to a step of {2 / float(top.values.max()):
 
 spectrum = cl.density(H, steps=30, probes=2, deflate=top, seed=0)
 print(f"trace {spectrum.trace:.3f} ± {spectrum.trace_stderr:.3f}")
-print(f"{spectrum.mass_near_zero:.1%} of the eigenvalues are below a thousandth of the largest")
 
 # One layer after the other: the diagonal blocks of the Hessian.
 for layer, block in H.blocks().items():
