@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -54,14 +59,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place, *arguments, target="mine.py:risk", nap="0"):
+def start(place, *arguments, target="mine.py:risk", nap="0", stderr=subprocess.PIPE):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "curvlib", "spectrum", target, *SETTINGS, *arguments],
         cwd=place,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -81,7 +86,8 @@ def measured(folder):
 @pytest.fixture(scope="module")
 def undisturbed(place):
     code, _, error = finish(start(place, "--out", "undisturbed"))
-    assert code == 0, error
+    assert code == 0
+    assert error == ""  # no bar where there is no terminal
     return measured(place / "undisturbed")
 
 
@@ -139,3 +145,23 @@ def test_resume_without_anything_to_resume_is_a_fresh_run(place, undisturbed):
     code, _, error = finish(start(place, "--out", "fresh", "--resume"))
     assert code == 0, error
     assert measured(place / "fresh") == undisturbed
+
+
+def test_a_terminal_sees_progress_with_the_time_left(place):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = start(place, "--out", "terminal", nap="0.01", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # what Linux says when the other side has closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert finish(process)[0] == 0
+    for bar in ("eigenpairs of Hessian", "density of Hessian"):
+        assert re.search(rf"{bar}: +\d+%.*\[\d\d:\d\d<\d\d:\d\d", shown.decode())

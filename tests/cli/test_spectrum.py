@@ -181,6 +181,14 @@ def test_some_parameters(place):
     assert numbers(place / "o")["eigenvalues"][0]["value"] == pytest.approx(top, rel=1e-3)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_another_device(place, device):
+    arguments = ["--device", device, "--dtype", "float64", "--k", "1", "--steps", "4"]
+    assert spectrum("mine.py:risk", *arguments, "--out", "o") == 0
+    top = float(torch.linalg.eigvalsh(dense(dtype=torch.float64))[-1])
+    assert numbers(place / "o")["eigenvalues"][0]["value"] == pytest.approx(top, rel=1e-7)
+
+
 def test_no_positive_eigenvalue_means_no_largest_step(place, capsys):
     assert spectrum("mine.py:flat", "--k", "1", "--steps", "3", "--out", "o") == 0
     assert numbers(place / "o")["largest_stable_step"] is None
