@@ -252,9 +252,6 @@ class _Bar:
                 postfix=note or None,
                 disable=None if progress is None else False,
                 dynamic_ncols=True,
-                bar_format=None
-                if total is None
-                else "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]",
             )
 
     def __enter__(self) -> _Bar:

@@ -139,8 +139,8 @@ def eigenpairs(
             operator - never times the eigenvalue, which may be zero. The square root of the
             machine epsilon when omitted: 3e-4 in float32, 1.5e-8 in float64.
         max_products: Stop after so many products, with what there is.
-        basis: Vectors in the buffer, at least ``k + 2 * block``. More converge in fewer
-            products.
+        basis: Vectors in the buffer, at least ``k + 2 * block`` and ``k + 3``. With more, fewer
+            products are needed.
         block: Vectors multiplied at a time. Above 1, products cost less each, more are needed,
             and repeated eigenvalues are found without a check.
         check: Whether to look for missed copies (the other option is faster).
@@ -194,13 +194,13 @@ def eigenpairs(
             f"expected 0 < tolerance < 1 (relative to the operator's norm), got {tolerance}"
         )
     width = min(dimension, max(block, 0 if first is None else first.shape[1]))
-    least = min(k + 2 * width, dimension + width)
+    least = min(k + max(2 * width, 3), dimension + width)
     if basis is None:
         basis = 2 * k + 16 + 4 * width
     _require_int("basis", basis)
     if basis < least:
         raise ValueError(
-            f"expected basis >= {least} (k + 2 * block vectors, where the block has {width}), "
+            f"expected basis >= {least} (k + 2 * block, at least k + 3; the block has {width}), "
             f"got {basis}"
         )
     if max_products is not None and max_products < 2 * k + width:
@@ -300,7 +300,7 @@ def _report(plan: Plan, state: KrylovState) -> Report:
     relative = (state.residuals / state.norm).clamp(1e-16, 1.0)
     aim = thick_restart.SAFETY * plan.tolerance
     share = float((relative.log() / math.log(aim)).clamp(max=1.0).mean())
-    total = None if share < 0.05 else min(plan.budget, state.products / share + plan.k)
+    total = None if share < 0.05 else min(plan.budget, round(state.products / share) + plan.k)
     count = int((relative <= aim).sum())
     return state.products, total, f"{count}/{plan.k} converged, residual {relative.max():.0e} ‖A‖"
 

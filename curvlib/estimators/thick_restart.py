@@ -154,7 +154,9 @@ def _assess(plan: Plan, state: KrylovState) -> KrylovState:
         values=theta[best],
         residuals=(coupled.square() + left_out).sqrt(),
     )
-    aim = SAFETY * plan.tolerance * state.norm / (1 + state.retries)
+    # Below the machine epsilon, estimates are noise, and waiting for them takes forever.
+    eps = torch.finfo(state.rows.dtype).eps
+    aim = max(SAFETY * plan.tolerance / (1 + state.retries), eps) * state.norm
     if block and affordable and not bool((coupled <= aim).all()):
         return state
     converged = block == 0 or bool((coupled <= aim).all())
@@ -186,7 +188,7 @@ def _needs_check(plan: Plan, state: KrylovState) -> bool:
     """
     if not plan.check or not _affordable(plan, state, 1):
         return False
-    if plan.warm:
+    if plan.warm or plan.which == "LM":  # Ritz values within can still grow past those found
         return True
     if plan.k == 1:
         return False
@@ -267,7 +269,8 @@ def _restart(plan: Plan, state: KrylovState) -> KrylovState:
     """Makes room in a full buffer: keeps the wanted Ritz vectors and half of the others."""
     length = state.size - state.locked
     wanted = 1 if state.phase == "check" else plan.k
-    keep = max(1, min(wanted + (length - wanted) // 2, length - state.block))
+    room = state.rows.shape[0] - state.locked - 2 * state.block
+    keep = min(wanted + (length - wanted) // 2, room)
     theta, S = torch.linalg.eigh(state.T[state.locked :, state.locked :])
     best = wanted_first(theta, plan.which)[:keep]
     return _rotated(state, S[:, best], theta[best])
