@@ -101,7 +101,7 @@ def test_gpt2_with_its_own_loss(attention: str, truth: tuple[Tensor, Tensor]) ->
     assert 100 < risk.space.size == len(H) < 400
     assert "lm_head.weight" not in risk.space.names  # tied to the embedding
     V = columns(len(H), 3)
-    assert error(cl.hessian(risk) @ V, H @ V) < 1e-8
+    assert error(cl.hessian(risk) @ V, H @ V) < 1e-6  # its loss casts logits to float32
     snapshot(model).assert_same(before)
 
 
