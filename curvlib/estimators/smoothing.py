@@ -62,11 +62,12 @@ def cumulative(grid: Tensor, nodes: Tensor, weights: Tensor, widths: Tensor, psd
 def mass_between(
     nodes: Tensor, weights: Tensor, residuals: Tensor, low: float, high: float
 ) -> Tensor:
-    """Mass of each probe between two values, ``[probes]``; nodes count by their residuals."""
-    tiny = 1e-12 * float(nodes.abs().max()) + torch.finfo(torch.float64).tiny
-    scale = math.sqrt(2.0) * residuals.clamp_min(tiny)
-    upper, lower = torch.erf((high - nodes) / scale), torch.erf((low - nodes) / scale)
-    return (weights * 0.5 * (upper - lower)).sum(1)
+    """Mass of each probe from ``low`` to ``high``, ``[probes]``; nodes are as wide as residuals."""
+    sharp = residuals <= 1e-12 * nodes.abs().max()
+    scale = math.sqrt(2.0) * torch.where(sharp, 1.0, residuals)
+    share = 0.5 * (torch.erf((high - nodes) / scale) - torch.erf((low - nodes) / scale))
+    inside = (nodes >= low) & (nodes <= high)
+    return (weights * torch.where(sharp, inside.double(), share)).sum(1)
 
 
 def mean_and_stderr(samples: Tensor) -> tuple[Tensor, Tensor]:

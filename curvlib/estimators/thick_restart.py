@@ -61,10 +61,11 @@ def next_state(plan: Plan, state: KrylovState) -> KrylovState:
         return _verify(plan, state)
     if state.phase == "done":  # stopped by a budget that has grown since
         state = replace(state, phase="expand", reason="", verified=0)
-    if state.size + 2 * state.block > state.rows.shape[0]:
-        state = _restart(plan, state)
     state = _expand(plan, state)
-    return _assess_check(plan, state) if state.phase == "check" else _assess(plan, state)
+    state = _assess_check(plan, state) if state.phase == "check" else _assess(plan, state)
+    full = state.size + 2 * state.block > state.rows.shape[0]
+    # Rotated now rather than before the next product, which may fail: see curvlib.core.run.
+    return _restart(plan, state) if full and state.phase in ("expand", "check") else state
 
 
 # ------------------------------------------------------------------------ products

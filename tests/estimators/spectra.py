@@ -29,11 +29,15 @@ class Counted:
         self.columns: list[int] = []
         self.fail_at: int | None = None
         self.broken = float("nan")
+        self.stop_after: int | None = None  # block products, before an error
+        self.error: type[Exception] = RuntimeError
         self.A = A
 
         def matmat(V: Tensor) -> Tensor:
             assert V.T.is_contiguous(), "blocks are column-contiguous"
             assert torch.isfinite(V).all()
+            if len(self.columns) == self.stop_after:
+                raise self.error
             before = sum(self.columns)
             self.columns.append(V.shape[1])
             out = A @ V
