@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Runs ``curvlib spectrum``."""
     start = time.monotonic()
     folder = args.out or Path("curvlib-out") / _short_name(args.target)
-    checkpoints = _prepare(folder, resume=args.resume)
+    checkpoints, resumed = _prepare(folder, resume=args.resume)
     risk = _risk(args)
     print(f"{args.target or 'digits demo'}: {risk!r}")
     if args.check:
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         parameters=op.shape[0],
         examples=sum(batch.examples for batch in risk.batches()),
         seconds=time.monotonic() - start,
-        resumed=args.resume,
+        resumed=resumed,
     )
     print(table(spectrum))
     written = write(spectrum, folder, command)
@@ -142,8 +142,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     print("\n".join(f"wrote {path}" for path in written))
 
 
-def _prepare(folder: Path, *, resume: bool) -> Path:
-    """Makes the folder and returns that of the checkpoints.
+def _prepare(folder: Path, *, resume: bool) -> tuple[Path, bool]:
+    """Makes the folder; returns that of the checkpoints, and whether there are some.
 
     Raises:
         OSError: If the folder cannot be made or written to.
@@ -165,7 +165,7 @@ def _prepare(folder: Path, *, resume: bool) -> Path:
         raise OSError(
             f"cannot write to --out {folder} ({error.strerror}); pass a folder that can be written"
         ) from error
-    return checkpoints
+    return checkpoints, unfinished
 
 
 def _risk(args: argparse.Namespace) -> Risk:

@@ -29,7 +29,7 @@ class Spectrum:
         parameters: ``P``.
         examples: ``N``.
         seconds: Wall time of this run.
-        resumed: Whether the run may have begun earlier, which ``seconds`` does not count.
+        resumed: Whether the run began earlier, which ``seconds`` does not count.
     """
 
     eigenpairs: Eigenpairs

@@ -120,6 +120,7 @@ def test_stopped_and_resumed(place, undisturbed, stage, stop):
     code, _, error = finish(start(place, "--out", out, "--resume"))
     assert code == 0, error
     assert measured(place / out) == undisturbed
+    assert json.loads((place / out / "spectrum.json").read_text())["resumed"]
     assert not (place / out / "checkpoints").exists()
 
 
@@ -145,6 +146,7 @@ def test_resume_without_anything_to_resume_is_a_fresh_run(place, undisturbed):
     code, _, error = finish(start(place, "--out", "fresh", "--resume"))
     assert code == 0, error
     assert measured(place / "fresh") == undisturbed
+    assert not json.loads((place / "fresh" / "spectrum.json").read_text())["resumed"]
 
 
 def test_a_terminal_sees_progress_with_the_time_left(place):
