@@ -106,3 +106,16 @@ def test_matplotlib_is_asked_for(estimates, monkeypatch):
 )
 def test_numbers_with_errors(value, error, text):
     assert with_error(value, error) == text
+
+
+def test_nodes_that_are_known_exactly_are_no_spikes_on_the_symmetric_log_axis():
+    """Lanczos finds this outlier to rounding; it is drawn as wide as asked, with its mass."""
+    A = torch.diag(torch.tensor([0.001] * 50 + [1.0], dtype=torch.float64))
+    result = density(A, steps=10, probes=2)
+    for resolution in (0.05, 0.2):
+        grid, per_decade, _ = result.on_symlog(4000, linear=1e-4, resolution=resolution)
+        peak = float(per_decade[(grid - 1.0).abs().argmin()])
+        mass, _ = result.mass(0.5, 2.0)
+        assert peak == pytest.approx(mass / (resolution * (2 * torch.pi) ** 0.5), rel=0.01)
+    with pytest.raises(ValueError, match="expected a positive resolution=, got 0"):
+        result.on_symlog(resolution=0.0)
