@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from curvlib.core.data import tensors
 from curvlib.core.operator import digest
+from curvlib.core.random import generator_of
 
 if TYPE_CHECKING:
     from curvlib.core.batch import Batch
@@ -210,7 +211,7 @@ def _normalization(risk: Risk) -> Iterator[Finding]:
 
 def _second_derivative(risk: Risk, seed: int) -> tuple[float, float]:
     space, params = risk.space, list(risk.params.values())
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(None, seed)
     u, v = (
         torch.randn(space.size, generator=generator, dtype=torch.float64).to(
             space.device, space.dtype

@@ -29,6 +29,7 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.loss import Loss
 from curvlib.core.operator import LinearOperator
+from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 from curvlib.operators.gauss_newton import gauss_newton
 from curvlib.operators.hessian import MEMORY
@@ -128,12 +129,12 @@ class _MonteCarlo:
 
     def __init__(self, samples: int, seed: int) -> None:
         self.samples = samples
-        self.generator = torch.Generator()
         self.seed = seed
+        self.generator = generator_of(None, seed)
 
     def __call__(self, batch: Batch, output: Tensor) -> Curvature:
         if batch.index == 0:
-            self.generator.manual_seed(self.seed)
+            self.generator = generator_of(None, self.seed)
         loss = batch.risk.loss
         readable = loss.readable(output, batch.target)
         scores = self.scores(loss, readable)
