@@ -77,7 +77,7 @@ def converted(
         forward=risk.take_output,
         target=risk.take_target,
         weight=risk.take_weight,
-        reduction=risk._reduction,
+        reduction=risk.given_reduction,
         params=[twins[id(p)] for p in risk.params.values()],
     )
 

@@ -109,7 +109,7 @@ class Risk:
         self.space = ParamSpace.from_named(self.params)
         self.device = self.space.device if device is None else torch.device(device)
         self._batches = reiterable(data) if self.in_memory is None else self.in_memory
-        self._reduction = reduction
+        self.given_reduction = reduction
         self._compiled = passes.has_compiled(model)
         self._seen: tuple[int, int] | None = None  # batches and examples of the first full pass
         self._noticed = False  # whether the first forward pass was watched for fused kernels
@@ -169,7 +169,7 @@ class Risk:
             forward=self.take_output,
             target=self.take_target,
             weight=self.take_weight,
-            reduction=self._reduction,
+            reduction=self.given_reduction,
             params=params,
             device=self.device,
         )
@@ -304,7 +304,7 @@ class Risk:
 
     def note_normalization(self, batch: Batch, output: Any, value: Tensor) -> None:
         """Verifies once for each batch that an unknown loss is a mean over examples."""
-        settled = self.take_weight is not None or self._reduction is not None
+        settled = self.take_weight is not None or self.given_reduction is not None
         if settled or batch.index in self._verified:
             return
         self._verified.add(batch.index)

@@ -41,8 +41,9 @@ class Density(Result):
         outlier_residuals: Their residuals, ``[k]``.
         trace: Sum of the eigenvalues (from the first moment, which the quadrature has exactly).
         trace_stderr: Its standard error; NaN with one probe.
-        mass_near_zero: Share of eigenvalues with absolute value at most ``near_zero``.
-        mass_near_zero_stderr: Its standard error; NaN with one probe.
+        mass_near_zero: Share of eigenvalues with absolute value at most ``near_zero``. Where that
+            is finer than the quadrature's nodes near zero lie, it grows with ``steps``.
+        mass_near_zero_stderr: Its standard error over probes (not over steps); NaN with one probe.
         near_zero: What counts as near zero.
         norm: Largest absolute node or outlier.
         size: Number of eigenvalues.
