@@ -76,7 +76,7 @@ def derivative(
                 )
         except RuntimeError:  # no batching rule (GroupNorm): the columns go one by one
             pass
-    rows = [
+    rows: list[Sequence[Tensor | None]] = [
         torch.autograd.grad(
             outputs,
             inputs,
@@ -86,6 +86,8 @@ def derivative(
         )
         for k in range(count)
     ]
+    if count == 1:  # spares a copy
+        return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [
         None if parts[0] is None else torch.stack([p for p in parts if p is not None])
         for parts in zip(*rows, strict=True)

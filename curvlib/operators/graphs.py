@@ -6,9 +6,10 @@ the first, as long as the graphs fit the memory budget. The bytes that a graph h
 while it is built (``torch.autograd.graph.saved_tensors_hooks``).
 
 A kept graph belongs to the parameters, buffers, modes and data with which it was built. All of
-them are compared at every product: parameters and buffers with a copy (also ``p.data`` and NumPy
-can change them, which autograd does not see), data by identity, version and sum of bits. When
-anything changed, the graphs are built anew.
+them are compared at every product, by their values, since ``p.data`` and NumPy change tensors
+without autograd's notice: large tensors by a sketch (products of their rows of 1,024 entries with
+one random vector), which costs one read and sees whatever exceeds rounding. When anything
+changed, the graphs are built anew.
 """
 
 from __future__ import annotations
@@ -22,10 +23,30 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
+from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 
-Signature = tuple[object, ...]
 Graph = TypeVar("Graph")
+
+
+#: Entries of one row of a sketch.
+SKETCH = 1024
+
+
+class Signature:
+    """What a graph was built with: modes, places and (sketched) values of tensors."""
+
+    def __init__(
+        self, modes: tuple[bool, ...], held: Sequence[Tensor], sketch: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.places = (modes, *((t.data_ptr(), t.shape, t.dtype) for t in held))
+        self.values = [sketch(t) for t in held]
+
+    def same(self, other: Signature | None) -> bool:
+        """Whether nothing changed since the other signature was taken."""
+        if other is None or self.places != other.places:
+            return False
+        return all(map(torch.equal, self.values, other.values))
 
 
 @dataclass
@@ -44,7 +65,8 @@ class GraphCache(Generic[Graph]):
     build: Callable[[Batch], Graph]
     verify: Callable[[Graph], None] | None = None
     _kept: dict[int, tuple[Signature, Graph, int]] = field(default_factory=dict)
-    _model: tuple[Signature, list[Tensor]] = field(default_factory=lambda: ((), []))
+    _model: Signature | None = None
+    _directions: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
     _largest: int | None = None
 
     @property
@@ -63,19 +85,19 @@ class GraphCache(Generic[Graph]):
             return
         held = [*self.risk.model.parameters(), *self.risk.model.buffers()]
         modes = tuple(m.training for m in self.risk.model.modules())
-        signature = (modes, tuple((t.data_ptr(), t.shape) for t in held))
-        known, copies = self._model
-        if signature != known or not all(map(torch.equal, held, copies)):
+        model = Signature(modes, held, self._sketch)
+        if not model.same(self._model):
             self._kept.clear()
-            self._model = (signature, [t.detach().clone() for t in held])
+            self._model = model
 
     def graph(self, batch: Batch) -> tuple[Graph, bool]:
         """The graph of a batch, and whether it is kept (so that it must not be freed)."""
         if not self.keeps:
             return self._measured(batch) if self._largest is None else self.build(batch), False
-        signature = _data_signature(batch)
+        held = list(tensors((self.risk.in_memory or ())[batch.index]))
+        signature = Signature((), held, self._sketch)
         known = self._kept.pop(batch.index, None)
-        if known is not None and known[0] == signature:
+        if known is not None and signature.same(known[0]):
             self._kept[batch.index] = known
             return known[1], True
         graph = self._measured(batch)
@@ -84,6 +106,17 @@ class GraphCache(Generic[Graph]):
         if keep:
             self._kept[batch.index] = (signature, graph, size)
         return graph, keep
+
+    def _sketch(self, tensor: Tensor) -> Tensor:
+        flat = tensor.detach().reshape(-1)
+        if tensor.dtype not in (torch.float32, torch.float64) or flat.numel() < 4 * SKETCH:
+            return flat.clone()
+        key = (tensor.dtype, tensor.device)
+        if key not in self._directions:
+            direction = torch.rand(SKETCH, generator=generator_of(None, 0), dtype=torch.float64)
+            self._directions[key] = (direction + 0.5).to(tensor.device, tensor.dtype)
+        whole = flat.numel() // SKETCH * SKETCH
+        return torch.cat([flat[:whole].view(-1, SKETCH) @ self._directions[key], flat[whole:]])
 
     def _measured(self, batch: Batch) -> Graph:
         held = {p.untyped_storage().data_ptr() for p in self.risk.model.parameters()}
@@ -124,21 +157,3 @@ def once_differentiable(outputs: Sequence[Tensor]) -> bool:
                 seen.add(parent)
                 stack.append(parent)
     return False
-
-
-def _data_signature(batch: Batch) -> Signature:
-    held = list(tensors((batch.risk.in_memory or ())[batch.index]))
-    return (*((id(t), t.data_ptr(), t._version) for t in held), *_checksums(held))
-
-
-def _checksums(held: Sequence[Tensor]) -> tuple[int, ...]:
-    """Sums of the bits, which see most changes that autograd does not (by NumPy)."""
-    sums = [_bits(t.detach()).sum() for t in held if t.numel()]
-    return tuple(torch.stack(sums).tolist()) if sums else ()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if tensor.is_floating_point() and tensor.element_size() in integers:
-        return tensor.view(integers[tensor.element_size()])
-    return tensor.to(torch.int64)
