@@ -70,8 +70,11 @@ class Batch:
         return risk.loss.terms(target)
 
     def output(self, params: Mapping[str, Tensor] | None = None) -> Any:
-        """The model's output, with other values for parameters where given."""
-        return self.risk.call(self.data, params)
+        """The model's output, with other values for parameters where given.
+
+        A model that draws random numbers draws the same at every call.
+        """
+        return self.risk.draws.run(self.index, lambda: self.risk.call(self.data, params))
 
     def total(self, output: Any) -> Tensor:
         """Sum of the loss terms, as a scalar that carries its graph."""

@@ -154,7 +154,7 @@ def _modes(risk: Risk) -> Iterator[Finding]:
 def _repeatable(risk: Risk) -> Iterator[Finding]:
     with risk.untouched():  # within one state of torch's generator, so that draws go on
         first, a = _pass(risk)
-        second, b = _pass(risk)
+        second, b = _pass(risk.on(risk.data))  # another risk, which draws anew
     if sorted(first) != sorted(second):
         yield Finding(
             "data",

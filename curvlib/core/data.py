@@ -86,9 +86,11 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch on a device, of the same types; itself if it is there already."""
-    if all(t.device == device for t in tensors(batch)):
+    if isinstance(batch, Tensor) and batch.is_inference():
+        return batch.to(device, copy=True)  # autograd cannot save inference tensors
+    if all(t.device == device and not t.is_inference() for t in tensors(batch)):
         return batch
-    if hasattr(batch, "to"):
+    if hasattr(batch, "to") and not any(t.is_inference() for t in tensors(batch)):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}

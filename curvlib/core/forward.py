@@ -14,8 +14,8 @@ weight normalization    primitive operations: the derivative of the fused kernel
 ======================  =======================================================
 
 The model is left as it was, also after an exception: buffers are swapped for copies, which the
-pass may change; ``requires_grad`` is on for just the chosen parameters and restored afterwards;
-torch's random state is restored, so that a pass with dropout always draws the same masks.
+pass may change; ``requires_grad`` is on for just the chosen parameters, and hooks on their
+gradients (clipping, say) are off; torch's random state is put back.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def arranged(
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(_requires_grad(model, params))
+        stack.enter_context(_without_hooks(params))
         stack.enter_context(_copied_buffers(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_fast_path())
@@ -98,6 +99,37 @@ class Holder(nn.Module):
         return function(self.model)
 
 
+class Draws:
+    """Random states at which forward passes begin, so that each batch always draws the same.
+
+    Only passes that draw are remembered.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.states: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def run(self, index: int, forward: Callable[[], Any]) -> Any:
+        """Runs the forward pass of batch ``index`` from the random state of its first time."""
+        before = self.states.get(index)
+        if before is not None:
+            torch.set_rng_state(before[0])
+            if before[1] is not None:
+                torch.cuda.set_rng_state(before[1], self.device)
+            return forward()
+        before = self._now()
+        output = forward()
+        after = self._now()
+        pairs = zip(before, after, strict=True)
+        if not all(a is None or b is None or torch.equal(a, b) for a, b in pairs):
+            self.states[index] = before
+        return output
+
+    def _now(self) -> tuple[Tensor, Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
+
 class SpotAttention(TorchFunctionMode):
     """Notices whether ``scaled_dot_product_attention`` is called."""
 
@@ -134,6 +166,18 @@ def _requires_grad(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[N
     finally:
         for p in changed:
             p.requires_grad_(id(p) not in chosen)
+
+
+@contextmanager
+def _without_hooks(params: Mapping[str, Tensor]) -> Iterator[None]:
+    hooked = [(p, p._backward_hooks) for p in params.values() if p._backward_hooks]
+    try:
+        for p, _ in hooked:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 @contextmanager

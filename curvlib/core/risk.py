@@ -116,6 +116,14 @@ class Risk:
         self._verified: set[int] = set()  # batches whose normalization was verified
         self._misread: str | None = None  # why the normalization is not what it seems
         self._holder = passes.Holder(self.model)
+        self.draws = passes.Draws(self.device)
+        self._owners = [  # where each parameter is found in the model
+            (module, key, name)
+            for name, p in self.params.items()
+            for module in self.model.modules()
+            for key, held in module._parameters.items()
+            if held is p
+        ]
         self.is_part = False  # of a larger selection: then the loss need not use the parameters
 
     # ------------------------------------------------------------------- values
@@ -154,11 +162,13 @@ class Risk:
 
     # --------------------------------------------------------------- derivation
     def restrict(self, params: ParamSelection) -> Risk:
-        """The same risk as a function of other parameters of the model."""
-        return self._with(self.data, params)
+        """The same risk, random draws included, as a function of other parameters."""
+        out = self._with(self.data, params)
+        out.draws = self.draws
+        return out
 
     def on(self, data: Any) -> Risk:
-        """The same model, loss and parameters on other data."""
+        """The same model, loss and parameters on other data, with random draws of its own."""
         return self._with(data, list(self.params.values()))
 
     def _with(self, data: Any, params: ParamSelection) -> Risk:
@@ -179,7 +189,7 @@ class Risk:
 
     def part(self, names: Iterable[str]) -> Risk:
         """The risk as a function of some of its parameters, which it need not depend on."""
-        out = self._with(self.data, [self.params[name] for name in names])
+        out = self.restrict([self.params[name] for name in names])
         out.is_part = True
         return out
 
@@ -233,7 +243,17 @@ class Risk:
         return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
 
     def untouched(self) -> AbstractContextManager[None]:
-        """Entered around a pass: second derivatives exist, and the model is left as it was."""
+        """Entered around a pass: second derivatives exist, and the model is left as it was.
+
+        Raises:
+            RuntimeError: If a parameter of the model was replaced since the risk was made.
+        """
+        for module, key, name in self._owners:
+            if module._parameters.get(key) is not self.params[name]:
+                raise RuntimeError(
+                    f"parameter {name!r} was replaced by another tensor since this risk was made "
+                    "(by assignment, or load_state_dict(assign=True)); make a new Risk"
+                )
         return passes.arranged(self.model, self.params, self.device)
 
     def batches(self, scale: float = 1.0) -> Iterator[Batch]:

@@ -236,6 +236,12 @@ def select(model: nn.Module, params: ParamSelection = None) -> dict[str, Tensor]
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     aliases = [(_clean(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
+    for name, p in aliases:
+        if nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"parameter {name!r} of a lazy module has no shape yet; call the model once on a "
+                "batch before you make the risk"
+            )
     first: dict[int, str] = {}
     for name, p in aliases:
         first.setdefault(id(p), name)
