@@ -14,8 +14,10 @@ from curvlib.core.space import ParamSpace
 
 #: Columns that are done at once at most: more saves no work, and memory stays bounded.
 MAX_COLUMNS = 16
-#: Bytes of a block of vectors that are done at once: beyond the cache, one by one is faster.
-MAX_BYTES = 2**23
+#: Bytes of a block of vectors that are done at once, by the kind of device. Batched derivatives
+#: save dispatch, which small networks are bound by; for larger ones they are slower on a CPU (2.7
+#: against 3.2 gradients for each column of a Hessian product of a transformer of 0.8M parameters).
+MAX_BYTES = {"cpu": 2**18, "cuda": 2**26}
 
 
 def pieces(count: int, room: int, space: ParamSpace | None = None) -> list[slice]:
@@ -28,7 +30,8 @@ def pieces(count: int, room: int, space: ParamSpace | None = None) -> list[slice
     """
     size = min(MAX_COLUMNS, room)
     if space is not None:
-        size = min(size, MAX_BYTES // (space.size * torch.finfo(space.dtype).bits // 8))
+        largest = MAX_BYTES.get(space.device.type, MAX_BYTES["cuda"])
+        size = min(size, largest // (space.size * torch.finfo(space.dtype).bits // 8))
     parts = -(-count // max(1, size))
     ends = [round(i * count / parts) for i in range(parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
