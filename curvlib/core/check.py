@@ -282,7 +282,7 @@ def non_finite(risk: Risk) -> str:
                 )
             if not bool(torch.isfinite(value)):
                 return (
-                    f"the loss of {where} is {float(value)}; "
+                    f"the loss of {where} is {value.item()}; "
                     "look at its outputs and targets, or use a higher precision"
                 )
             for name, g in zip(risk.space.names, batch.gradient(), strict=True):
