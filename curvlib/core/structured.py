@@ -161,7 +161,9 @@ class LowRankPlusShift(LinearOperator):
                     f"expected orthonormal columns in vectors, but U.T @ U is off by {error:.1e}; "
                     "use torch.linalg.qr(U).Q"
                 )
-        every = eigenvalues if k == n else torch.cat([eigenvalues, eigenvalues.new_tensor([offset])])
+        every = (
+            eigenvalues if k == n else torch.cat([eigenvalues, eigenvalues.new_tensor([offset])])
+        )
         super().__init__(
             lambda V: self._apply(V, eigenvalues, offset),
             (n, n),
@@ -263,7 +265,7 @@ class LowRankPlusShift(LinearOperator):
         return float((self.eigenvalues + damping).log().sum()) + outside * rest
 
 
-def _on_columns(op: LinearOperator, x: Tensor, function: Any) -> Tensor:
+def _on_columns(op: LinearOperator, x: Any, function: Any) -> Tensor:
     """Applies a function of columns ``[P, K]`` to a vector or columns, checked as a product's."""
     if isinstance(x, Tensor) and x.ndim == 1:
         return _on_columns(op, x[:, None], function)[:, 0]
@@ -315,10 +317,10 @@ def _require_positive(op: LinearOperator, values: Tensor, damping: float) -> Non
         )
 
 
-def _require_power(op: LinearOperator, values: Tensor, p: Any) -> None:
-    p = _number("p", p)
+def _require_power(op: LinearOperator, values: Tensor, power: Any) -> None:
+    p = _number("p", power)
     negative = values[values < 0]
-    if negative.numel() and not float(p).is_integer():
+    if negative.numel() > 0 and not p.is_integer():
         raise RuntimeError(
             f"power {p:g} of {op!r} is not real: {negative.numel()} eigenvalues are negative, the "
             f"least is {float(negative.min()):.3g}; use op.shift({-float(negative.min()):.3g}) or "

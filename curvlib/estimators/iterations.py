@@ -235,7 +235,7 @@ def minres_step(system: System, work: Work) -> Step:
     r = torch.addcmul(r, column(-torch.where(broken, sn * 0.0, phibar * cs / safe), r), y)
     norms = row_norms(r).cpu()
     require_finite(system, norms)
-    stop = {i: "inconsistent" for i in singular.cpu().nonzero()[:, 0].tolist()}
+    stop = dict.fromkeys(singular.cpu().nonzero()[:, 0].tolist(), "inconsistent")
     for i in broken.cpu().nonzero()[:, 0].tolist():
         stop.setdefault(i, "breakdown")
     return Step(
@@ -320,12 +320,14 @@ METHODS: dict[str, tuple[Start, Advance]] = {
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows, ``[K]``, float64."""
-    return torch.linalg.vecdot(a, b).double()
+    found: Tensor = torch.linalg.vecdot(a, b)
+    return found.double()
 
 
 def row_norms(rows: Tensor) -> Tensor:
     """Norms of the rows, ``[K]``, float64."""
-    return torch.linalg.vector_norm(rows, dim=1).double()
+    found: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return found.double()
 
 
 def column(scalars: Tensor, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from curvlib.core.result import Result
 from curvlib.core.run import Progress, Report, run
 from curvlib.core.structured import LowRankPlusShift
 from curvlib.estimators import sketch
+from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.probes import fill_probes, generator_of
 
@@ -152,7 +153,9 @@ def low_rank(
         >>> found = low_rank(A, 2)
         >>> [round(v, 6) for v in found.values.tolist()], found.error < 1e-6
         ([5.0, 2.0], True)
-        >>> round(found.operator.logdet(damping=1.0), 6) == round(torch.tensor(18.0).log().item(), 6)
+        >>> round(found.operator.logdet(damping=1.0), 6) == round(
+        ...     torch.tensor(18.0).log().item(), 6
+        ... )
         True
 
     Source:
@@ -296,17 +299,3 @@ def _finite_product(op: LinearOperator, rows: Tensor, before: int) -> Tensor:
 def _report(state: SketchState, total: int, passes: int) -> Report:
     note = "error" if state.passes == passes else f"pass {state.passes + 1} of {passes}"
     return state.products, total, note
-
-
-def require_counts(**counts: tuple[Any, int]) -> None:
-    """Checks integers, each given with the least that it may be.
-
-    Raises:
-        TypeError: If one is no int.
-        ValueError: If one is too small.
-    """
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected an int for {name}, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"expected {name} >= {least}, got {value}")

@@ -22,14 +22,16 @@ def random_rows(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
 
 def orthonormal(rows: Tensor) -> Tensor:
     """Orthonormal rows that span what ``rows`` span (and more, where those are dependent)."""
-    return torch.linalg.qr(rows.mT).Q.mT.contiguous()
+    Q: Tensor = torch.linalg.qr(rows.mT).Q
+    return Q.mT.contiguous()
 
 
 def nystrom(omega: Tensor, product: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    r"""Eigenpairs of the Nyström approximation :math:`Y (\Omega^\top Y)^+ Y^\top`, :math:`Y=A\Omega`.
+    r"""Eigenpairs of Nyström's approximation from the products of some vectors.
 
-    It is computed for :math:`A + \nu I` with :math:`\nu` at the level of rounding errors, and
-    :math:`\nu` taken off the eigenvalues again: so it is stable whatever the rank of :math:`A`.
+    It is :math:`Y (\Omega^\top Y)^+ Y^\top` with :math:`Y = A \Omega`. It is computed for
+    :math:`A + \nu I` with :math:`\nu` at the level of rounding errors, and :math:`\nu` taken off
+    the eigenvalues again: so it is stable whatever the rank of :math:`A`.
 
     Args:
         omega: Orthonormal test vectors, rows ``[l, P]``.

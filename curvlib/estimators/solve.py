@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,16 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, Report, run
-from curvlib.estimators import iterations, solve_state
+from curvlib.estimators import solve_state
+from curvlib.estimators.arguments import (
+    read_budget,
+    read_preconditioner,
+    read_settings,
+    right_hand_sides,
+)
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.probes import generator_of
 from curvlib.estimators.solve_state import Problem, SolveState
-
-#: Conjugate gradients, MINRES, Neumann series, and the operator's own ``solve``.
-METHODS = ("cg", "minres", "neumann", "direct")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,8 +38,8 @@ class Solution(Result):
         iterations: Iterations of each column, ``[K]``.
         converged: Whether the residual is at most the tolerance, ``[K]``.
         reasons: How each column ended: ``"converged"``, ``"budget"``, ``"precision"`` (the
-            products' own accuracy allows no less), ``"inconsistent"`` (the operator is
-            singular to working precision, and the residual about as small as it can be) or ``"terms"``.
+            products' own accuracy allows no less), ``"inconsistent"`` (the operator is singular
+            to working precision, and the residual about as small as it can be) or ``"terms"``.
         products: Columns multiplied, all told.
         method: ``"cg"``, ``"minres"``, ``"neumann"`` or ``"direct"``.
         name: What was solved with.
@@ -132,27 +136,18 @@ def solve(
     guess = None if x0 is None else right_hand_sides(op, x0, "x0")
     if guess is not None and x0 is not None and x0.shape != b.shape:
         raise ValueError(f"expected x0= shaped as b, {list(b.shape)}, got {list(x0.shape)}")
-    damping = number("damping", damping)
-    method = choose_method(op, method, damping)
+    damping, method, tolerance = read_settings(
+        op,
+        damping=damping,
+        method=method,
+        preconditioner=preconditioner,
+        tolerance=tolerance,
+        terms=terms,
+        scale=scale,
+    )
     rank, given = read_preconditioner(op, preconditioner)
-    if method == "direct" and preconditioner is not None:
-        raise ValueError("method='direct' takes no preconditioner=; use 'cg' or 'minres'")
-    tolerance = default_tolerance(op) if tolerance is None else number("tolerance", tolerance)
-    if not 0.0 < tolerance < 1.0:
-        raise ValueError(f"expected 0 < tolerance < 1, got {tolerance}")
-    if method != "neumann" and (terms is not None or scale is not None):
-        raise ValueError(f"terms= and scale= belong to method='neumann', got method={method!r}")
-    if scale is not None and not number("scale", scale) > 0.0:
-        raise ValueError(f"expected a positive scale=, got {scale}")
-    if method == "neumann" and preconditioner is not None and scale is None:
-        raise ValueError(
-            "a preconditioned Neumann series needs scale=, below 2 over the largest eigenvalue of "
-            "M^-1 A; 1.0 where the preconditioner is no less than the operator"
-        )
     count = columns.shape[1]
     budget = read_budget(op, count, max_products, rank, guess is not None)
-    if terms is not None:
-        positive_int("terms", terms)
     settings = {
         "method": method,
         "damping": damping,
@@ -187,6 +182,7 @@ def solve(
         scale=scale,
     )
     random = generator_of(generator, seed, op.device)
+    own: Callable[[], str] = getattr(given, "fingerprint", lambda: type(given).__name__)
     inputs = [columns] if guess is None else [columns, guess]
     state = run(
         lambda: solve_state.first_state(problem, random),
@@ -196,7 +192,7 @@ def solve(
         report=lambda state: _report(problem, state),
         title=f"solve with {op.name}",
         checkpoint=checkpoint,
-        problem=lambda: f"{op.fingerprint()} {digest(inputs)} {_fingerprint(given)}",
+        problem=lambda: f"{op.fingerprint()} {digest(inputs)} {own()}",
         settings=settings,
         device=op.device,
         save_every=save_every,
@@ -256,138 +252,9 @@ def _report(problem: Problem, state: SolveState) -> Report:
     return state.products, total, note
 
 
-def _fingerprint(preconditioner: Any) -> str:
-    if preconditioner is None:
-        return ""
-    own = getattr(preconditioner, "fingerprint", None)
-    return str(own()) if callable(own) else type(preconditioner).__name__
-
-
-# -------------------------------------------------------------------- arguments
-def choose_method(op: LinearOperator, method: str | None, damping: float) -> str:
-    """The method that is asked for, or the one that fits what is known of the operator.
-
-    Raises:
-        ValueError: If it is unknown, or ``"direct"`` for an operator without ``solve``.
-    """
-    own = callable(getattr(op, "solve", None))
-    if method is None:
-        return "direct" if own else "cg" if op.psd and damping >= 0.0 else "minres"
-    if method not in METHODS:
-        raise ValueError(f"unknown method={method!r}; there are {', '.join(METHODS)}")
-    if method == "direct" and not own:
-        raise ValueError(f"{op!r} has no solve of its own; use method='cg' or 'minres'")
-    return method
-
-
-def read_preconditioner(op: LinearOperator, preconditioner: Any) -> tuple[int, Any]:
-    """Rank of a Nyström preconditioner (0 for none), and a given preconditioner.
-
-    Raises:
-        TypeError: If it is neither an int nor has a ``solve``.
-        ValueError: If the rank or the shape does not fit.
-    """
-    if preconditioner is None:
-        return 0, None
-    n = op.shape[0]
-    if isinstance(preconditioner, int) and not isinstance(preconditioner, bool):
-        if not 1 <= preconditioner <= n:
-            raise ValueError(f"expected a rank from 1 to {n} for preconditioner=, got {preconditioner}")
-        return preconditioner, None
-    if not callable(getattr(preconditioner, "solve", None)):
-        raise TypeError(
-            "preconditioner= takes an operator with solve(columns, damping=...), such as those of "
-            "curvlib.core.structured, or an int (the rank of a Nyström preconditioner), got "
-            f"{type(preconditioner).__name__}"
-        )
-    shape = getattr(preconditioner, "shape", op.shape)
-    if tuple(shape) != op.shape:
-        raise ValueError(f"expected a preconditioner of shape {op.shape}, got {tuple(shape)}")
-    return 0, preconditioner
-
-
-def read_budget(
-    op: LinearOperator, count: int, max_products: int | None, rank: int, guess: bool
-) -> int:
-    """How many columns may be multiplied.
-
-    Raises:
-        TypeError: If it is no int.
-        ValueError: If it allows not even one iteration.
-    """
-    before = rank + (count if guess else 0)
-    if max_products is None:
-        return before + count * min(max(10 * op.shape[0], 100), 10_000)
-    positive_int("max_products", max_products)
-    if max_products < before + 2 * count:
-        raise ValueError(
-            f"expected max_products >= {before + 2 * count} (an iteration and a measurement of "
-            f"the residual for each of {count} right-hand sides, {before} before), got "
-            f"{max_products}"
-        )
-    return max_products
-
-
-def right_hand_sides(op: LinearOperator, b: Any, name: str) -> Tensor:
-    """Columns ``[P, K]`` of finite numbers, from ``[P]`` or ``[P, K]``.
-
-    Raises:
-        TypeError: If it is no tensor of the operator's type.
-        ValueError: If its shape or device does not fit, or a number is not finite.
-    """
-    n = op.shape[0]
-    if not isinstance(b, Tensor):
-        raise TypeError(f"expected a torch.Tensor [{n}] or [{n}, K] for {name}, got {type(b).__name__}")
-    if b.ndim not in (1, 2) or b.shape[0] != n or (b.ndim == 2 and b.shape[1] == 0):
-        raise ValueError(f"expected {name} of shape [{n}] or [{n}, K], got {list(b.shape)}")
-    if b.dtype != op.dtype:
-        raise TypeError(f"expected {name} in {op.dtype}, got {b.dtype}; use {name}.to({op.dtype})")
-    if b.device != op.device:
-        raise ValueError(f"expected {name} on {op.device}, got {b.device}; use {name}.to(...)")
-    if not bool(torch.isfinite(b).all()):
-        raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
-    b = b.detach()
-    return b if b.ndim == 2 else b[:, None]
-
-
 def column_norms(columns: Tensor) -> Tensor:
     """Norms of the columns, without overflow or underflow on the way."""
     largest = columns.abs().amax(0)
     scale = torch.where(largest > 0.0, largest, torch.ones_like(largest))
-    return torch.linalg.vector_norm(columns / scale, dim=0) * scale
-
-
-def default_tolerance(op: LinearOperator) -> float:
-    """Of relative residuals: what damped solves reach in the operator's type."""
-    return 1e-6 if op.dtype == torch.float64 else 1e-4
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it is not finite.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"expected a number for {name}, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number for {name}, got {value}")
-    return float(value)
-
-
-def positive_int(name: str, value: Any) -> None:
-    """Checks a positive int.
-
-    Raises:
-        TypeError: If it is no int.
-        ValueError: If it is not positive.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected an int for {name}, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1, got {value}")
-
-
-# Names that a caller meets in except clauses.
-NegativeCurvatureError = iterations.NegativeCurvatureError
+    norms: Tensor = torch.linalg.vector_norm(columns / scale, dim=0) * scale
+    return norms
