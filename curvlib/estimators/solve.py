@@ -148,7 +148,7 @@ def solve(
     rank, given = read_preconditioner(op, preconditioner)
     count = columns.shape[1]
     budget = read_budget(op, count, max_products, rank, guess is not None)
-    settings = {
+    settings: dict[str, Any] = {
         "method": method,
         "damping": damping,
         "preconditioner": rank or (None if given is None else getattr(given, "name", "own")),
