@@ -143,6 +143,14 @@ def right_hand_sides(op: LinearOperator, b: Any, name: str) -> Tensor:
     return columns if columns.ndim == 2 else columns[:, None]
 
 
+def column_norms(columns: Tensor) -> Tensor:
+    """Norms of the columns, without overflow or underflow on the way."""
+    largest = columns.abs().amax(0)
+    scale = torch.where(largest > 0.0, largest, torch.ones_like(largest))
+    norms: Tensor = torch.linalg.vector_norm(columns / scale, dim=0) * scale
+    return norms
+
+
 def number(name: str, value: Any) -> float:
     """A finite number.
 

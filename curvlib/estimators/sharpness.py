@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
-from curvlib.estimators.arguments import right_hand_sides
+from curvlib.estimators.arguments import column_norms, right_hand_sides
 from curvlib.estimators.eigenpairs import require_symmetric
 
 
@@ -104,7 +104,7 @@ def directional_sharpness(
     g = None if gradient is None else right_hand_sides(op, gradient, "gradient")
     if g is not None and g.shape[1] != 1:
         raise ValueError(f"expected gradient of shape [{op.shape[0]}], got {list(g.shape)}")
-    norms = torch.linalg.vector_norm(columns, dim=0)
+    norms = column_norms(columns)
     if bool((norms == 0.0).any()):
         zero = (norms == 0.0).nonzero()[:, 0].tolist()
         raise ValueError(f"directions {zero} are zero: the sharpness along them is undefined")

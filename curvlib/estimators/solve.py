@@ -17,6 +17,7 @@ from curvlib.core.result import Result
 from curvlib.core.run import Progress, Report, run
 from curvlib.estimators import solve_state
 from curvlib.estimators.arguments import (
+    column_norms,
     read_budget,
     read_preconditioner,
     read_settings,
@@ -163,9 +164,9 @@ def solve(
     }
     # Whatever the units of b, the iterations work on vectors of norm one.
     norms = column_norms(columns)
-    inverses = torch.where(norms > 0.0, 1.0 / norms, 0.0 * norms)
-    rows = (columns.mT * inverses[:, None]).contiguous()
-    start = None if guess is None else (guess.mT * inverses[:, None]).contiguous()
+    units = torch.where(norms > 0.0, norms, torch.ones_like(norms))[:, None]
+    rows = (columns.mT / units).contiguous()
+    start = None if guess is None else (guess.mT / units).contiguous()
     if method == "direct":
         start = op.solve(rows.mT, damping=damping).mT.contiguous()  # type: ignore[attr-defined]
     problem = Problem(
@@ -250,11 +251,3 @@ def _report(problem: Problem, state: SolveState) -> Report:
     share = float((state.residuals.clamp(floor, 1.0).log() / math.log(floor)).mean())
     total = None if share < 0.05 else min(problem.budget, state.products / share)
     return state.products, total, note
-
-
-def column_norms(columns: Tensor) -> Tensor:
-    """Norms of the columns, without overflow or underflow on the way."""
-    largest = columns.abs().amax(0)
-    scale = torch.where(largest > 0.0, largest, torch.ones_like(largest))
-    norms: Tensor = torch.linalg.vector_norm(columns / scale, dim=0) * scale
-    return norms

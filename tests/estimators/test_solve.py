@@ -16,7 +16,7 @@ from torch import Tensor
 from curvlib.core.structured import Diagonal, LowRankPlusShift
 from curvlib.estimators.iterations import NegativeCurvatureError
 from curvlib.estimators.solve import solve
-from tests.estimators.spectra import Counted, matrix
+from tests.estimators.systems import Counted, matrix
 
 F64 = torch.float64
 F32 = torch.float32
@@ -154,7 +154,7 @@ def test_converged_columns_leave_the_block() -> None:
     assert counted.columns == expected
     assert found.products == sum(expected)
     alone = solve(A, b[:, 1], method="cg")
-    assert abs(int(alone.iterations[0]) - hard) <= 0.03 * hard
+    assert abs(int(alone.iterations[0]) - hard) <= 0.06 * hard
     assert torch.allclose(alone.value, found.value[:, 1], rtol=1e-3, atol=1e-3)
 
 
@@ -259,6 +259,29 @@ def test_drifted_columns_start_again() -> None:
     assert found.reasons == ("converged", "converged")
     assert (true_residuals(A, found.value, b) <= 1.01e-4).all()
     assert found.products > int(found.iterations.sum()) + 2 * 2  # start, and two measurements
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_columns_start_again_beside_others(method: str) -> None:
+    """A column that seems done, but is not, joins those that still run."""
+    A = torch.diag(torch.cat([torch.tensor([2.1, 3.3, 4.7]), torch.logspace(0, 3.3, 117)]))
+    quick = torch.zeros(120)
+    quick[:3] = torch.tensor([0.3, 0.7, 0.9])
+    b = torch.stack([quick, columns(120, 1)[:, 0].float()], 1)
+    x0 = torch.stack([3e6 * quick, torch.zeros(120)], 1)
+    counted = Counted(A)
+    found = solve(counted.op, b, method=method, x0=x0, tolerance=1e-3)
+    assert found.reasons == ("converged", "converged")
+    assert (true_residuals(A, found.value, b) <= 1.01e-3).all()
+    # Two at first, one alone when the quick one seems done, and two again when it is not.
+    first = counted.columns.index(1)
+    assert first < 64
+    assert counted.columns[first:65] == [1] * (65 - first)
+    assert counted.columns[65] == 2  # the true residuals
+    again = counted.columns[66:].count(2)
+    assert 1 <= again <= 4
+    alone = solve(A, b[:, 1].clone(), method=method, tolerance=1e-3)
+    assert abs(int(found.iterations[1]) - int(alone.iterations[0])) <= 2
 
 
 # --------------------------------------------------------- singular, indefinite

@@ -20,7 +20,7 @@ from curvlib.core.result import Result
 from curvlib.core.structured import Diagonal
 from curvlib.estimators.inverse import inverse
 from curvlib.estimators.solve import Solution, solve
-from tests.estimators.spectra import Counted, matrix
+from tests.estimators.systems import Counted, matrix
 
 F64 = torch.float64
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_interrupted_anywhere_ends_bitwise_the_same(how: dict[str, Any], tmp_pat
     call()
     steps = len(whole.columns)
     assert steps > 8
-    for stop in (1, 2, 3, steps // 2, steps - 1):
+    for stop in (2, steps // 2, steps - 1):
         path = tmp_path / f"{stop}.safetensors"
         _, call = _tail(A, path, stop, **how)
         with pytest.raises(RuntimeError):
@@ -153,7 +153,7 @@ import sys, time
 import torch
 from curvlib.core.operator import LinearOperator
 from curvlib.estimators.solve import solve
-from tests.estimators.spectra import matrix
+from tests.estimators.systems import matrix
 
 path, method, nap = sys.argv[1], sys.argv[2], float(sys.argv[3])
 torch.set_num_threads(1)
