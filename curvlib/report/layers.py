@@ -83,10 +83,8 @@ def table(layers: Layers) -> str:
         line = f"{row.layer:<{wide}}  {row.parameters:>10,}  {row.value:>13.6g}  "
         line += f"{_error(row.stderr):>8}"
         lines.append(line + "".join(f"  {row.more[name]:>13.6g}" for name in more))
-    value, stderr, (low, high) = layers.total
     facts = {
-        layers.total_heading: f"{with_error(value, stderr)}  "
-        + (f"(95 %: {low:.5g} to {high:.5g})" if math.isfinite(low) else _certainty(stderr)),
+        layers.total_heading: _total(*layers.total),
         **layers.facts,
         "method": layers.method,
         "products": f"{layers.products}",
@@ -121,7 +119,7 @@ def write(layers: Layers, folder: str | os.PathLike[str], command: str) -> list[
         heading=[
             layers.target,
             f"N = {layers.examples:,} examples",
-            f"{layers.total_heading} {with_error(*layers.total[:2])}",
+            f"{layers.total_heading} {_short(*layers.total[:2])}",
         ],
         note=f"{layers.method}, {layers.products} products",
     )
@@ -160,5 +158,13 @@ def _error(stderr: float) -> str:
     return f"{stderr:.1e}" if stderr > 0.0 else "exact" if stderr == 0.0 else "-"
 
 
-def _certainty(stderr: float) -> str:
-    return "(exact)" if stderr == 0.0 else "(one probe: no error)"
+def _total(value: float, stderr: float, interval: tuple[float, float]) -> str:
+    if stderr == 0.0:
+        return f"{value:.6g}  (exact)"
+    if not math.isfinite(interval[0]):
+        return f"{value:.6g}  (one probe: no error)"
+    return f"{with_error(value, stderr)}  (95 %: {interval[0]:.5g} to {interval[1]:.5g})"
+
+
+def _short(value: float, stderr: float) -> str:
+    return with_error(value, stderr) if stderr > 0.0 else f"{value:.6g}"
