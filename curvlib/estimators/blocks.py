@@ -19,7 +19,7 @@ from curvlib.core.algebra import Index, indices
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.space import ParamSpace
-from curvlib.estimators.stopping import t_quantile
+from curvlib.estimators.stopping import t_quantiles
 
 #: What a parameter space is divided into.
 KINDS = ("layers", "channels", "kernels")
@@ -151,7 +151,7 @@ class BlockMeans(Result):
         stderr: Their standard errors, ``[B]``; NaN with one probe.
         sizes: Entries of each block, ``[B]``.
         counts: How many blocks there are of each name, in order.
-        degrees: Degrees of freedom of the standard errors.
+        degrees: Degrees of freedom of the standard errors, ``[B]``; 0 if exact.
         kind: ``"layers"``, ``"channels"``, ``"kernels"`` or ``"blocks"``.
         name: What was measured.
     """
@@ -160,14 +160,14 @@ class BlockMeans(Result):
     stderr: Tensor
     sizes: Tensor
     counts: dict[str, int]
-    degrees: float
+    degrees: Tensor
     kind: str
     name: str
 
     @property
     def interval(self) -> tuple[Tensor, Tensor]:
         """95 % intervals of each mean, by Student's law: lower and upper ends, each ``[B]``."""
-        half = t_quantile(self.degrees) * self.stderr
+        half = (t_quantiles(self.degrees) * self.stderr).where(self.stderr != 0.0, 0.0)
         return self.value - half, self.value + half
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
@@ -192,10 +192,11 @@ class BlockMeans(Result):
 
 
 def block_table(
-    blocks: Blocks, value: Tensor, stderr: Tensor, sizes: Tensor
+    blocks: Blocks, value: Tensor, stderr: Tensor, sizes: Tensor, degrees: Tensor | float
 ) -> dict[str, dict[str, Any]]:
     """Means, errors and sizes by kind of block, as an estimate keeps them."""
     out: dict[str, dict[str, Any]] = {}
+    degrees = torch.as_tensor(degrees, dtype=torch.float64, device=value.device).expand_as(value)
     start = 0
     for kind, names in blocks.groups.items():
         stop = start + sum(names.values())
@@ -203,6 +204,7 @@ def block_table(
             "value": value[start:stop].cpu(),
             "stderr": stderr[start:stop].cpu(),
             "sizes": sizes[start:stop].cpu(),
+            "degrees": degrees[start:stop].cpu().clone(),
             "names": list(names),
             "counts": list(names.values()),
         }

@@ -26,6 +26,8 @@ from curvlib.estimators.exact import exact
 from curvlib.estimators.stopping import (
     KEPT_BYTES,
     Plan,
+    degrees_of,
+    mean_and_stderr,
     one_of,
     plan,
     products_of,
@@ -96,7 +98,7 @@ class DiagonalEstimate(Result):
             stderr=table["stderr"],
             sizes=table["sizes"],
             counts=dict(zip(table["names"], table["counts"], strict=True)),
-            degrees=self.degrees,
+            degrees=table["degrees"],
             kind=kind,
             name=self.name,
         )
@@ -125,8 +127,8 @@ def diagonal(
     diagonal operators. ``"xdiag"`` (two products for each probe) and ``"xnysdiag"`` (one; PSD
     operators only) know the part of the operator that their probes have sketched and average
     only what is left, so that they win where the spectrum decays; they keep three and two blocks
-    ``[P, probes]``. All are unbiased. For one law and seed, ``"xdiag"`` sums to the trace of
-    ``"xtrace"`` and ``"xnysdiag"`` to that of ``"xnystrace"``.
+    ``[P, probes]``. All are unbiased. For one seed, ``"xdiag"`` sums to the trace of ``"xtrace"``
+    with Rademacher probes, and ``"xnysdiag"`` to that of ``"xnystrace"``.
 
     Standard errors are per entry, and per block mean (layers, channels, kernels and your own):
     see :meth:`DiagonalEstimate.block_means`. Those of ``"xdiag"`` and ``"xnysdiag"`` include the
@@ -136,8 +138,9 @@ def diagonal(
         op: A symmetric operator, or a dense symmetric matrix.
         method: When omitted: exact where the budget allows it, else ``"xnysdiag"`` for operators
             known to be PSD and ``"xdiag"`` for others, unless their memory would exceed 4 GiB or
-            the budget is below 8 products; then ``"hutchinson"``.
-        law: Of the probes: ``"rademacher"``, ``"gaussian"`` or ``"sphere"``.
+            the budget is below 8 products; then ``"hutchinson"``, and always with another law.
+        law: Of Hutchinson's probes: ``"rademacher"``, ``"gaussian"`` or ``"sphere"``. The others
+            take Rademacher probes only.
         blocks: Blocks of entries whose means are wanted too, by name: indices, masks, slices,
             or name globs of parameters.
         probes: How many, or
@@ -175,6 +178,13 @@ def diagonal(
             f"method 'xnysdiag' needs a positive semi-definite operator, got {op!r}; use "
             "'xdiag', or build the operator with psd=True if it is"
         )
+    if method in ("xdiag", "xnysdiag") and law != "rademacher":
+        raise ValueError(
+            f"method {method!r} takes Rademacher probes, got law={law!r}; others only add the "
+            "error of the squared probes. method='hutchinson' takes any law"
+        )
+    if method is None and law != "rademacher":
+        method = "hutchinson"
     cost = METHODS[method or ("xnysdiag" if op.psd else "xdiag")]
     budget = products_of(probes, max_products, tolerance, cost)
     chosen = choose(op, method, budget, tolerance)
@@ -197,7 +207,7 @@ def diagonal(
         sums = groups.sums(value)
         sizes = groups.sums(torch.ones_like(value))
         none = torch.zeros_like(sums)
-        table = block_table(groups, sums / sizes, none, sizes)
+        table = block_table(groups, sums / sizes, none, sizes, 0.0)
         return _result(setup, chosen, value, torch.zeros_like(value), table, 0, op.shape[0])
     return _ESTIMATES[chosen](setup, groups)
 
@@ -242,15 +252,14 @@ def _hutchinson(setup: Plan, groups: Blocks) -> DiagonalEstimate:
     )
     value, stderr = statistics(last)
     moments = Moments(last.count, last.means, last.spreads)
-    table = block_table(groups, *moments.ratio(), sampling.block_sizes(groups, value))
+    sizes = sampling.block_sizes(groups, value)
+    table = block_table(groups, *moments.ratio(), sizes, last.count - 1.0)
     return _result(setup, "hutchinson", value, stderr, table, last.count - 1, last.count)
 
 
 def _xdiag(setup: Plan, groups: Blocks) -> DiagonalEstimate:
-    n = setup.op.shape[0]
-
     def samples(state: leave_one_out.SketchState) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return leave_one_out_diagonal.diagonal_samples(state, n, resphere=setup.law != "rademacher")
+        return leave_one_out_diagonal.diagonal_samples(state)
 
     last = setup.run(
         lambda: leave_one_out.first_state(setup),
@@ -295,30 +304,41 @@ def _averaged(
     """Mean of the diagonals of all probes, its standard error, and block means.
 
     Samples share a sketch: to the variance of independent samples comes the covariance, of
-    which each probe and its partner give an unbiased estimate.
+    which each probe and its partner give an unbiased estimate; it is kept between 0 and the
+    samples' variance, as in :mod:`curvlib.estimators.exchangeable`.
     """
     count = 0
+    means, pairs = [], []
     for sample, change, partner in samples:
         if count == 0:
             mean, squares, shared = (torch.zeros_like(sample) for _ in range(3))
             one = torch.ones_like(sample)
             sizes = sampling.block_sizes(groups, sample)
-            moments = Moments(0, *(sizes.new_zeros((k, len(sizes))) for k in (2, 3)))
-            together = torch.zeros_like(sizes)
         count += 1
         sampling.regress(mean, squares, None, count, one, sample)
         shared.addcmul_(change, partner)
         if groups is not None:
-            moments = moments.with_probe(groups.sums(sample) / sizes, torch.ones_like(sizes))
-            together += groups.sums(change) * groups.sums(partner) / sizes.square()
+            means.append(groups.sums(sample) / sizes)
+            pairs.append(groups.sums(change) * groups.sums(partner) / sizes.square())
     stderr = sampling.diagonal_stderr(squares, None, count)
     if count > 1:
-        stderr = stderr.square().add_(shared.clamp_min_(0.0), alpha=1.0 / count).sqrt_()
-    if groups is None:
+        most = squares * (count / (count - 1))
+        stderr = stderr.square().add_(shared.clamp_min_(0.0).minimum(most), alpha=1.0 / count)
+        stderr.sqrt_()
+    if groups is None or not groups.groups:
         return mean, stderr, {}
-    value, error = moments.ratio()
-    error = (error.square() + together.clamp_min(0.0) / count).sqrt()
-    return mean, stderr, block_table(groups, value, error, sizes)
+    value, error = mean_and_stderr(torch.stack(means))
+    if count > 1:
+        both = torch.stack(pairs)
+        most = count * error.square() / both.mean(0).clamp_min(torch.finfo(both.dtype).tiny)
+        both *= torch.where(both.mean(0) > 0.0, most.clamp_max(1.0), 0.0)
+        own = (torch.stack(means) - value).square() / (count - 1)
+        # A pair's product belongs to both of its probes: it counts twice, as in the trace.
+        degrees = degrees_of(own + both, own + 2 * both)
+        error = (error.square() + both.mean(0)).sqrt()
+    else:
+        degrees = torch.zeros_like(value)
+    return mean, stderr, block_table(groups, value, error, sizes, degrees)
 
 
 def _problem(setup: Plan, groups: Blocks) -> str:

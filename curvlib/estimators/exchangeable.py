@@ -24,7 +24,9 @@ independent, and :math:`\Delta_{ij}` averages to zero over :math:`\omega_i`; hen
 .. math:: s^2 / m + \frac{1}{m (m - 1)} \sum_{i \ne j} \Delta_{ij} \Delta_{ji}
 
 is an unbiased estimate of the variance of the mean. Leaving out two probes costs no product
-either. A negative sum is taken as zero.
+either. The second term is kept between 0 and :math:`s^2` (a correlation of one half, which is
+more than probes share in practice), so that its own noise does no harm where the rank is just
+below the number of probes and the samples agree.
 
 Everything here is ``m x m``, in float64; leading axes are batches.
 
@@ -189,8 +191,10 @@ def influences(samples: Tensor, delta: Tensor) -> Tensor:
     products = delta * delta.mT
     products = products - torch.diag_embed(products.diagonal(dim1=-2, dim2=-1))
     shared = products.sum(-1) * (m / max(m - 1, 1))
-    positive = shared.sum(-1, keepdim=True) > 0.0
-    return own + torch.where(positive, shared, 0.0)
+    # Between nothing and half the variance of a sample, which is at most what probes share.
+    mean, most = shared.mean(-1, keepdim=True), m * own.mean(-1, keepdim=True)
+    kept = (most / mean.clamp_min(torch.finfo(mean.dtype).tiny)).clamp_max(1.0)
+    return own + torch.where(mean > 0.0, shared * kept, 0.0)
 
 
 def mean_and_stderr(samples: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:

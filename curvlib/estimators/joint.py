@@ -264,7 +264,7 @@ def _finish(
         stderr = sampling.diagonal_stderr(last.residual, last.weight, last.count)
         moments = Moments(last.count, last.means, last.spreads)
         sizes = sampling.block_sizes(groups, last.diagonal)
-        table = block_table(groups, *moments.ratio(), sizes)
+        table = block_table(groups, *moments.ratio(), sizes, last.count - 1.0)
     has_trace, has_norm = "trace" in wanted, "frobenius" in wanted
     none = torch.zeros(0, dtype=torch.float64)
     return Estimate(

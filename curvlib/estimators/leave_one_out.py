@@ -6,7 +6,7 @@ the orthonormal basis of their products, and what the basis is mapped to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,3 +177,9 @@ def sum_of_products(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tens
     for a, b in zip(left, right, strict=True):
         out += (a * b).sum(0)
     return out
+
+
+def pick(blocks: Sequence[Tensor], chosen: list[int]) -> Tensor:
+    """Some of the rows in blocks, as ``[k, n]``."""
+    rows = [row for block in blocks for row in block]
+    return torch.stack([rows[i] for i in chosen])

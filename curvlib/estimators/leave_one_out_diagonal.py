@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from curvlib.estimators.exchangeable import left_out
-from curvlib.estimators.leave_one_out import BATCH, SketchState, combine, sum_of_products
+from curvlib.estimators.leave_one_out import BATCH, SketchState, combine, pick, sum_of_products
 
 
-def diagonal_samples(
-    state: SketchState, n: int, *, resphere: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def diagonal_samples(state: SketchState) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     r"""XDiag: one unbiased estimate of the diagonal for each probe, and what a partner changes.
 
     The two-sided form for symmetric operators, which sums to the trace. Each probe has its next
@@ -25,7 +23,7 @@ def diagonal_samples(
         to its partner's sample, ``[n]`` each: see :mod:`curvlib.estimators.exchangeable`.
     """
     count = state.count
-    views = _DiagonalViews.of(state, n, resphere)
+    views = _DiagonalViews.of(state)
     for start in range(0, count, BATCH):
         chosen = [i % count for i in range(start, min(start + BATCH, count) + 1)]
         rows = views.rows(state, chosen)
@@ -44,7 +42,7 @@ class _Row:
     compressed: Tensor  # Q H s
     known: Tensor  # diagonal of A without (I - P) A (I - P)
     rest: Tensor  # (I - P) A (I - P) w
-    test: Tensor  # w, or (I - P) w where its length is set
+    probe: Tensor  # w
     sample: Tensor
 
 
@@ -60,13 +58,10 @@ class _DiagonalViews:
     SS: Tensor
     SW: Tensor
     SD: Tensor
-    left: Tensor
     known: Tensor
-    n: int
-    resphere: bool
 
     @classmethod
-    def of(cls, state: SketchState, n: int, resphere: bool) -> _DiagonalViews:
+    def of(cls, state: SketchState) -> _DiagonalViews:
         S, X = left_out(state.R, state.W)
         D = state.R - state.H @ X
         HS = state.H @ S
@@ -85,10 +80,7 @@ class _DiagonalViews:
             SS=S.mT @ S,
             SW=S.mT @ state.W,
             SD=S.mT @ D,
-            left=state.norms - X.square().sum(-2),
             known=known,
-            n=n,
-            resphere=resphere,
         )
 
     def rows(self, state: SketchState, chosen: list[int]) -> list[_Row]:
@@ -98,15 +90,13 @@ class _DiagonalViews:
         compressed = combine(Q, self.HS[:, chosen])
         outsides = combine(Z, self.S[:, chosen]) - compressed
         rests = combine(Q, self.N[:, chosen]) - combine(Z, self.X[:, chosen])
-        tests = _pick(state.probes, chosen)
-        if self.resphere:
-            tests = tests - combine(Q, self.X[:, chosen])
+        probes = pick(state.probes, chosen)
         out = []
         for k, i in enumerate(chosen):
             q = directions[k]
             known = self.known - q * (2 * outsides[k] + float(self.SHS[i, i]) * q)
-            sample = known + self._scale(i, 0.0) * tests[k] * rests[k]
-            out.append(_Row(q, outsides[k], compressed[k], known, rests[k], tests[k], sample))
+            sample = known + probes[k] * rests[k]
+            out.append(_Row(q, outsides[k], compressed[k], known, rests[k], probes[k], sample))
         return out
 
     def change(self, i: int, j: int, one: _Row, other: _Row) -> Tensor:
@@ -124,19 +114,6 @@ class _DiagonalViews:
         g = other.outside - c * one.outside
         g = g.add_(one.direction, alpha=float(self.SHS[i, j] - c * self.SHS[i, i])).div_(root)
         rest = (one.rest + a * g).add_(q, alpha=d + a * rho)
-        test = one.test + a * q if self.resphere else one.test
         known = one.known - q * (2 * g + rho * q)
-        changed: Tensor = known + self._scale(i, a) * test * rest
-        return one.sample - changed
-
-    def _scale(self, i: int, a: float) -> float:
-        if not self.resphere:
-            return 1.0
-        room = self.n - self.S.shape[0] + (1 if a == 0.0 else 2)
-        return room / (float(self.left[i]) + a * a)
-
-
-def _pick(blocks: tuple[Tensor, ...], chosen: list[int]) -> Tensor:
-    """Some of the rows in blocks, as ``[k, n]``."""
-    rows = [row for block in blocks for row in block]
-    return torch.stack([rows[i] for i in chosen])
+        without: Tensor = known + one.probe * rest
+        return one.sample - without

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from curvlib.estimators.exchangeable import nystrom_samples
-from curvlib.estimators.leave_one_out import BATCH, inner, spans
+from curvlib.estimators.leave_one_out import BATCH, inner, pick, spans
 from curvlib.estimators.stopping import Plan, multiply
 
 
@@ -163,30 +163,21 @@ def diagonal_samples(plan: Plan, state: NystromState) -> Iterator[tuple[Tensor, 
         known[span] = F.square().sum(0)
     known -= parts.shift
     root = parts.G.diagonal().sqrt()
-    resphere = plan.law != "rademacher"
     for start in range(0, count, BATCH):
         chosen = [i % count for i in range(start, min(start + BATCH, count) + 1)]
-        nexts = chosen[1:]
-        size = len(nexts)
+        size = len(chosen) - 1
         out = torch.empty((3, size, n), dtype=op.dtype, device=device)
-        cosines = (parts.G / root / root[:, None])[chosen[:-1], nexts].to(device)[:, None]
+        cosine = (parts.G / root / root[:, None])[chosen[:-1], chosen[1:]].to(device)[:, None]
+        free = (1.0 - cosine.square()).clamp_min(4 * torch.finfo(torch.float64).eps)
         roots = root[chosen].to(device)[:, None]
-        duals = (parts.C[chosen[:-1], nexts], parts.C.diagonal()[chosen])
-        ratios = [(duals[0] / d)[:, None].to(device) for d in (duals[1][1:], duals[1][:-1])]
+        first, second = slice(0, size), slice(1, size + 1)
         for span, z in factor_chunks(state, parts.shift, (parts.G / root)[:, chosen]):
-            probes = torch.cat([w[:, span] for w in state.probes]).double()
-            tests = parts.C[chosen].to(device) @ probes if resphere else probes[chosen]
-            factor = float(n - count + 1) if resphere else 1.0
-            samples = known[span] - z.square() + factor * tests * z / roots
-            out[0, :, span] = samples[:-1]
-            ends = ((slice(0, size), slice(1, size + 1)), (slice(1, size + 1), slice(0, size)))
-            for k, (own, other) in enumerate(ends):
-                free = (1.0 - cosines.square()).clamp_min(4 * torch.finfo(torch.float64).eps)
-                lost = (
-                    z[own].square() + z[other].square() - 2 * cosines * z[own] * z[other]
-                ) / free
-                seen = (z[own] - cosines * z[other]) / (roots[own] * free)
-                test = tests[own] - ratios[k] * tests[other] if resphere else tests[own]
-                wider = factor + 1.0 if resphere else 1.0
-                out[1 + k, :, span] = samples[own] - (known[span] - lost + wider * test * seen)
+            probes = pick([w[:, span] for w in state.probes], chosen).double()
+            samples = known[span] - z.square() + probes * z / roots
+            out[0, :, span] = samples[first]
+            for k, own, other in ((1, first, second), (2, second, first)):
+                lost = z[own].square() + z[other].square() - 2 * cosine * z[own] * z[other]
+                seen = (z[own] - cosine * z[other]) / roots[own]
+                without = known[span] - (lost - probes[own] * seen) / free
+                out[k, :, span] = samples[own] - without
         yield from zip(*out, strict=True)

@@ -140,11 +140,13 @@ def regress(
         diagonal.addcmul_(innovation, w, value=1.0 / count)
         residual.addcmul_(innovation, innovation, value=1.0 - 1.0 / count)
         return
+    known = weight.clone()
     weight.addcmul_(w, w)
-    step = innovation * w
-    step.div_(weight.clamp_min(torch.finfo(weight.dtype).tiny))
-    diagonal.add_(step)
-    residual.addcmul_(innovation, torch.addcmul(innovation, step, w, value=-1.0))
+    total = weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    # What the new slope leaves of the innovation is its share of the old weights: none at first.
+    residual.addcmul_(innovation.square(), known.div_(total))
+    innovation.mul_(w).div_(total)
+    diagonal.add_(innovation)
 
 
 def diagonal_stderr(residual: Tensor, weight: Tensor | None, count: int) -> Tensor:
