@@ -112,7 +112,7 @@ def inverse(
     if rank:
         like = torch.empty(op.shape[0], dtype=op.dtype, device=op.device)
         omega = sketch.random_rows(rank, like, random)
-        given = solve_state.preconditioner_of(*solve_state.nystrom_parts(op, omega))
+        given = solve_state.preconditioner_of(*solve_state.nystrom_parts(op, omega), damping)
     settings = {
         "preconditioner": given,
         "tolerance": tolerance,

@@ -15,6 +15,7 @@ from curvlib.core.result import Result
 from curvlib.core.run import Progress, run
 from curvlib.estimators.arguments import number, require_counts
 from curvlib.estimators.eigenpairs import eigenpairs
+from curvlib.estimators.lanczos import power_of_two
 from curvlib.estimators.probes import LAWS, fill_probes, generator_of
 
 
@@ -97,9 +98,11 @@ def spectral_norm(
             "rmatmat= (or symmetric=True, if it is) when you build it"
         )
     wide = op.shape[0] < op.shape[1]
-    square = op if symmetric else op @ op.T if wide else op.T @ op
+    unit = 1.0 if symmetric else _unit(op)
+    scaled = op * (1.0 / unit)
+    square = op if symmetric else scaled @ scaled.T if wide else scaled.T @ scaled
     if max_products is not None:
-        require_counts(max_products=(max_products, 3 * cost))
+        require_counts(max_products=(max_products, 3 if symmetric else 8))
     if not 0.0 < number("tolerance", tolerance) < 1.0:
         raise ValueError(f"expected 0 < tolerance < 1, got {tolerance}")
     pairs = eigenpairs(
@@ -107,7 +110,7 @@ def spectral_norm(
         1,
         which="LM",
         tolerance=0.1 * tolerance,
-        max_products=None if max_products is None else max_products // cost,
+        max_products=None if max_products is None else max_products // cost - (cost - 1),
         check=False,
         generator=generator,
         seed=seed,
@@ -116,16 +119,17 @@ def spectral_norm(
         progress=progress,
     )
     top, residual = abs(float(pairs.values[0])), float(pairs.residuals[0])
-    vector, products = pairs.vectors[:, 0], cost * pairs.products
+    vector, products = pairs.vectors[:, 0], cost * pairs.products + (0 if symmetric else 1)
     if symmetric:
         value = top
     else:
-        value = math.sqrt(max(top, 0.0))
-        # sigma^2 is within the residual of top, and sigma + value >= value.
-        residual = residual / value if value > 0.0 else math.sqrt(residual)
-        if wide and value > 0.0:
-            vector = (op.T @ vector) / value
+        root = math.sqrt(max(top, 0.0))
+        # sigma^2 is within the residual of top, and sigma + root >= root.
+        residual = unit * (residual / root if root > 0.0 else math.sqrt(residual))
+        if wide and root > 0.0:
+            vector = (scaled.T @ vector) / root
             products += 1
+        value = unit * root
     return SpectralNorm(
         value=value,
         residual=residual,
@@ -136,6 +140,21 @@ def spectral_norm(
         name=op.name,
         settings={"tolerance": tolerance, "max_products": max_products, **_random(seed, generator)},
     )
+
+
+def _unit(op: LinearOperator) -> float:
+    """A power of two near the operator's norm, so that no square over- or underflows."""
+    random = generator_of(None, 0, op.device)
+    rows = torch.empty((1, op.shape[1]), dtype=op.dtype, device=op.device)
+    fill_probes(rows, "sphere", random)
+    largest = float(op.matmat(rows.mT).abs().max())
+    if not math.isfinite(largest):
+        raise FloatingPointError(
+            f"the first product with {op!r} has entries that are NaN or infinite; check the loss "
+            "and its derivatives at these parameters (risk.check())"
+        )
+    least = 4.0 * torch.finfo(op.dtype).tiny  # so that one over it is finite
+    return power_of_two(max(largest, least)) if largest > 0.0 else 1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -267,18 +267,20 @@ def nystrom_parts(op: LinearOperator, omega: Tensor) -> tuple[Tensor, Tensor]:
     return sketch.nystrom(omega, product, op.name)
 
 
-def preconditioner_of(vectors: Tensor, values: Tensor) -> LowRankPlusShift:
+def preconditioner_of(vectors: Tensor, values: Tensor, damping: float) -> LowRankPlusShift:
     r"""The Nyström preconditioner, whose complement has the least of the eigenvalues.
 
     With damping it is that of the source up to a factor: eigenvalues :math:`\lambda_i` in the
-    span, :math:`\lambda_l` elsewhere.
+    span, :math:`\lambda_l` elsewhere. Without damping, eigenvalues at the level of rounding are
+    replaced by the least above it: the inverse of noise would be the largest of all.
 
     Source:
         Z. Frangella, J. Tropp and M. Udell, *Randomized Nyström preconditioning*, SIAM J. Matrix
         Anal. Appl. 44 (2023), equation 5.3.
     """
-    floor = torch.finfo(vectors.dtype).eps * float(values[0])
-    kept = values.clamp(min=floor)
+    noise = vectors.shape[1] * torch.finfo(vectors.dtype).eps * float(values[0])
+    seen = values[values > noise]
+    kept = values.clamp(min=float(seen[-1])) if damping == 0.0 and len(seen) else values
     return LowRankPlusShift.from_eigenvalues(
         vectors.mT, kept, float(kept[-1]), name=f"Nyström of rank {len(values)}"
     )
@@ -289,7 +291,7 @@ def _system(problem: Problem, state: SolveState, columns: tuple[int, ...]) -> Sy
     if problem.rank:
         if not problem.built:
             parts = state.setup["vectors"], state.setup["values"]
-            problem.built.append(preconditioner_of(*parts))
+            problem.built.append(preconditioner_of(*parts, problem.damping))
         preconditioner = problem.built[0]
     return System(
         op=problem.op,
