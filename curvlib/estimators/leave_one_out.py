@@ -144,17 +144,20 @@ def inner(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
     if not left or not right:
         shape = (sum(a.shape[0] for a in left), sum(b.shape[0] for b in right))
         return torch.zeros(shape, dtype=torch.float64)
-    length = left[0].shape[1]
     out = torch.zeros((), dtype=torch.float64, device=left[0].device)
-    for span in spans(length):
+    for span in spans(left[0]):
         a = torch.cat([x[:, span] for x in left]).double()
         b = torch.cat([x[:, span] for x in right]).double()
         out = out + a @ b.mT
     return out.cpu()
 
 
-def spans(length: int, chunk: int = 2**18) -> Iterator[slice]:
-    """Slices that cover ``length`` entries, so that float64 copies stay small."""
+def spans(like: Tensor) -> Iterator[slice]:
+    """Slices that cover the columns of rows ``[k, n]``, so that float64 copies stay small.
+
+    On a CPU they fit its caches, on other devices they keep it busy.
+    """
+    length, chunk = like.shape[1], 2**14 if like.device.type == "cpu" else 2**19
     for start in range(0, max(length, 1), chunk):
         yield slice(start, min(start + chunk, length))
 

@@ -96,8 +96,8 @@ def sketch(plan: Plan, state: NystromState) -> NystromSketch:
         ValueError: If it has a clearly negative eigenvalue: the operator is not PSD.
     """
     n, eps = plan.op.shape[0], torch.finfo(plan.op.dtype).eps
-    core = inner(state.probes, state.images)
-    gram = inner(state.probes, state.probes)
+    both = inner(state.probes, (*state.images, *state.probes))
+    core, gram = both[:, : state.count], both[:, state.count :]
     squares = sum(float(torch.linalg.vector_norm(b.double()).square()) for b in state.images)
     shift = eps * squares**0.5
     values, V = torch.linalg.eigh(0.5 * (core + core.mT) + shift * gram)
@@ -119,9 +119,12 @@ def factor_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """``(A + shift I) @ probes @ matrix``, as rows in float64, over chunks of the vectors."""
     weights = matrix.mT.to(state.probes[0].device)
-    for span in spans(state.probes[0].shape[1]):
+    for span in spans(state.probes[0]):
         rows = torch.cat([y[:, span] for y in state.images]).double()
-        rows.add_(torch.cat([w[:, span] for w in state.probes]), alpha=shift)
+        start = 0
+        for block in state.probes:
+            rows[start : start + block.shape[0]].add_(block[:, span], alpha=shift)
+            start += block.shape[0]
         yield span, weights @ rows
 
 
@@ -163,8 +166,8 @@ def diagonal_samples(plan: Plan, state: NystromState) -> Iterator[tuple[Tensor, 
         known[span] = F.square().sum(0)
     known -= parts.shift
     root = parts.G.diagonal().sqrt()
-    for start in range(0, count, BATCH):
-        chosen = [i % count for i in range(start, min(start + BATCH, count) + 1)]
+    for start in range(0, count, 2 * BATCH):
+        chosen = [i % count for i in range(start, min(start + 2 * BATCH, count) + 1)]
         size = len(chosen) - 1
         out = torch.empty((3, size, n), dtype=op.dtype, device=device)
         cosine = (parts.G / root / root[:, None])[chosen[:-1], chosen[1:]].to(device)[:, None]

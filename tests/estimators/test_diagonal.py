@@ -334,3 +334,18 @@ def test_operators_that_have_no_diagonal_here() -> None:
     op = operator(matrix(torch.linspace(-1.0, 1.0, N)), psd=True)
     with pytest.raises(ValueError, match="expected a positive semi-definite operator, but"):
         quick(op, method="xnysdiag", probes=12)
+
+
+# ------------------------------------------------------------------------ devices
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method: str, tmp_path: Path) -> None:
+    A = DECAYING.to("cuda")
+    op = LinearOperator(lambda V: A @ V, (N, N), dtype=A.dtype, device="cuda", psd=True)
+    settings = {"method": method, "max_products": 60, "blocks": {"a": slice(0, 9)}}
+    result = quick(op, checkpoint=tmp_path / "c", **settings)
+    miss = float(torch.linalg.vector_norm(result.value.cpu() - DECAYING.diagonal()))
+    assert miss < 2 * float(torch.linalg.vector_norm(result.stderr)) + 1e-10
+    means = result.block_means("blocks")
+    assert float(means.value) == pytest.approx(float(result.value[:9].mean()))
+    same(quick(op, checkpoint=tmp_path / "c", **settings), result)

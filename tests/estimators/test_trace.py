@@ -338,3 +338,16 @@ def test_an_operator_that_is_not_psd_is_found_out() -> None:
     op = operator(matrix(torch.linspace(-1.0, 1.0, N)), psd=True)
     with pytest.raises(ValueError, match="expected a positive semi-definite operator, but"):
         quick(op, method="xnystrace", probes=12)
+
+
+# ------------------------------------------------------------------------ devices
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu(method: str | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    A = DECAYING.to("cuda", dtype)
+    op = LinearOperator(lambda V: A @ V, (N, N), dtype=dtype, device="cuda", psd=True)
+    result = quick(op, method=method, max_products=60, checkpoint=tmp_path / "c")
+    width = max(result.high - result.low, 1e-5)
+    assert abs(result.value - float(DECAYING.trace())) < 2 * width
+    same(quick(op, method=method, max_products=60, checkpoint=tmp_path / "c"), result)
