@@ -320,6 +320,8 @@ METHODS: dict[str, tuple[Start, Advance]] = {
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows, ``[K]``, float64."""
+    if a.device.type == "cpu":  # where one long product after the other is twice as fast
+        return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)]).double()
     found: Tensor = torch.linalg.vecdot(a, b)
     return found.double()
 
