@@ -21,6 +21,7 @@ from curvlib.estimators import (
     sampling,
 )
 from curvlib.estimators.blocks import BlockMeans, Blocks, Moments, block_table, blocks_of
+from curvlib.estimators.differentiable import diagonal_with_graph
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.exact import exact
 from curvlib.estimators.stopping import (
@@ -114,6 +115,7 @@ def diagonal(
     max_products: int | None = None,
     tolerance: float | None = None,
     block: int = 8,
+    differentiable: bool = False,
     generator: torch.Generator | None = None,
     seed: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -148,6 +150,9 @@ def diagonal(
         tolerance: Stops once the norm of the standard errors is at most this share of the
             diagonal's norm, after 8 probes or more.
         block: Probes that advance together: a matter of speed and memory, not of the result.
+        differentiable: Whether ``value`` carries a graph to what the operator was built from, so
+            that a penalty on it can be trained through (Hutchinson, a fixed number of probes,
+            10 by default, held at once; operators such as :func:`curvlib.hessian`'s).
         generator: Where the probes come from, or
         seed: their seed. With neither, the seed is 0.
         checkpoint: A file to save to, and to continue from where it exists.
@@ -171,6 +176,10 @@ def diagonal(
         arXiv:2301.07825, supplement.
     """
     op = require_symmetric(op)
+    if differentiable:
+        return _with_graph(
+            op, method, tolerance, law, probes or max_products or 10, generator, seed, blocks
+        )
     if method is not None:
         one_of("method", method, tuple(METHODS))
     if method == "xnysdiag" and not op.psd:
@@ -210,6 +219,35 @@ def diagonal(
         table = block_table(groups, sums / sizes, none, sizes, 0.0)
         return _result(setup, chosen, value, torch.zeros_like(value), table, 0, op.shape[0])
     return _ESTIMATES[chosen](setup, groups)
+
+
+def _with_graph(
+    op: LinearOperator,
+    method: str | None,
+    tolerance: float | None,
+    law: str,
+    count: int,
+    generator: torch.Generator | None,
+    seed: int | None,
+    blocks: Mapping[str, Index] | None,
+) -> DiagonalEstimate:
+    if method not in (None, "hutchinson") or tolerance is not None or blocks is not None:
+        raise ValueError(
+            "differentiable=True is for method='hutchinson' with a fixed number of probes; leave "
+            "out tolerance= and blocks= (take means of .value yourself)"
+        )
+    value, stderr = diagonal_with_graph(op, law=law, count=count, generator=generator, seed=seed)
+    return DiagonalEstimate(
+        value=value,
+        stderr=stderr,
+        blocks={},
+        degrees=count - 1.0,
+        products=count,
+        method="hutchinson",
+        converged=True,
+        name=op.name,
+        settings={"law": law, "probes": count, "differentiable": True, "seed": seed},
+    )
 
 
 def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float | None) -> str:

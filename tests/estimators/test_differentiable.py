@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import curvlib as cl
+from curvlib.estimators.diagonal import diagonal
 from curvlib.estimators.differentiable import diagonal_with_graph
 
 F64 = torch.float64
@@ -49,6 +50,20 @@ def test_values_and_errors_are_those_of_the_probes():
     assert not stderr.requires_grad
     assert float(z.abs().max()) < 4.5
     assert 0.6 < float(z.square().mean()) < 1.6
+
+
+def test_the_diagonal_keeps_its_graph_when_asked():
+    risk = _risk()
+    H = cl.hessian(risk)
+    estimate = diagonal(H, differentiable=True, probes=3, seed=4)
+    torch.testing.assert_close(estimate.value, _estimate(risk)[0], rtol=0, atol=0)
+    assert estimate.products == 3
+    estimate.value.square().sum().backward()
+    assert all(p.grad is not None for p in risk.params.values())
+    plain = diagonal(H, method="hutchinson", probes=3, seed=4)
+    torch.testing.assert_close(plain.value, estimate.value.detach(), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="differentiable=True is for method='hutchinson'"):
+        diagonal(H, differentiable=True, method="xdiag")
 
 
 def test_refusals():
