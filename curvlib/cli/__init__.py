@@ -1,4 +1,4 @@
-"""The command line: ``curvlib spectrum ...``."""
+"""The command line: ``curvlib spectrum | trace | diagonal ...``."""
 
 from curvlib.cli.main import main
 

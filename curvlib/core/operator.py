@@ -48,6 +48,8 @@ class LinearOperator:
         name: What is measured, for legends and reports (``"Hessian"``).
         identity: A string, or a function that returns one, which differs between operators
             that differ: checkpoints are matched by it.
+        differentiable: The product again, on a graph that leads back to the parameters, where
+            the operator has one: see :meth:`differentiable_matmat`.
         restrict: Returns the operator of a subset of the parameters (given by name) where
             that is cheaper than a submatrix.
 
@@ -74,6 +76,7 @@ class LinearOperator:
         name: str = "operator",
         identity: str | Callable[[], str] = "",
         restrict: Callable[[tuple[str, ...]], LinearOperator] | None = None,
+        differentiable: Matmat | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -94,6 +97,7 @@ class LinearOperator:
         self._transposed_product = matmat if self.symmetric else rmatmat
         self._identity = identity
         self._restrict = restrict
+        self._differentiable = differentiable
         self._base: LinearOperator | None = None  # what this is the transpose of
 
     # ---------------------------------------------------------------- products
@@ -119,6 +123,22 @@ class LinearOperator:
                 f"{self!r} has no product with its transpose; pass rmatmat= when you build it"
             )
         return self._multiply(columns, self._transposed_product, self.shape[::-1])
+
+    def differentiable_matmat(self, columns: Tensor) -> Tensor:
+        """The product ``[n, K]`` with a graph, so that a penalty on it can be trained through.
+
+        Args:
+            columns: ``[n, K]``, of the operator's dtype and device; may carry a graph.
+
+        Raises:
+            TypeError: If the operator's products have no graph; or as :meth:`matmat`.
+        """
+        if self._differentiable is None:
+            raise TypeError(
+                f"products of {self!r} carry no graph; curvlib.hessian(risk) and "
+                "curvlib.hessian_of(fn, x) have products that do"
+            )
+        return self._multiply(columns, self._differentiable, self.shape)
 
     def _multiply(self, columns: Tensor, product: Matmat, shape: tuple[int, ...]) -> Tensor:
         rows, length = shape

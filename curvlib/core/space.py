@@ -162,6 +162,15 @@ class ParamSpace:
         self.write(parts, out)
         return out
 
+    def join_with_graph(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Joins like :meth:`join` into ``[P]``, on the graph of the parts."""
+        zeros = torch.zeros((), dtype=self.dtype, device=self.device)
+        flat = [
+            zeros.expand(size) if part is None else part.reshape(-1).to(self.dtype)
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return torch.cat(flat)
+
     def write(
         self,
         parts: Sequence[Tensor | None],

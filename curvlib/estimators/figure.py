@@ -26,7 +26,7 @@ def plot_density(result: Density, ax: Axes, scale: str, linear: float | None) ->
         floor = 0.1 / result.size
         ax.set_xscale("asinh", linear_width=2 * turn)
         ends = [float(grid[0]), float(grid[-1]), *result.outliers.tolist()]
-        ticks = _decades(min(ends), max(ends), 2 * turn)
+        ticks = decades(min(ends), max(ends), 2 * turn)
         ax.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
         ax.set_xticks([], minor=True)
     top = float(density.max())
@@ -73,7 +73,7 @@ def _legend(result: Density) -> str:
     )
 
 
-def _decades(low: float, high: float, turn: float) -> list[tuple[float, str]]:
+def decades(low: float, high: float, turn: float) -> list[tuple[float, str]]:
     """Ticks at zero and at powers of ten beyond ``turn``, about five on the longer side."""
     first = math.ceil(math.log10(turn))
     last = math.floor(math.log10(max(high, -low, 10.0 * turn)))

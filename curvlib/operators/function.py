@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.operators.columns import derivative, pieces
 
@@ -64,6 +65,16 @@ def hessian_of(fn: Callable[[Tensor], Tensor], x: Tensor) -> LinearOperator:
                 graph.append(g)
         return graph[0]
 
+    def with_graph(columns: Tensor) -> Tensor:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), PrimitiveNorms():
+            y = x if x.requires_grad else leaf
+            (g,) = torch.autograd.grad(fn(y), y, create_graph=True)
+            parts = [
+                torch.autograd.grad(g, y, c.reshape(y.shape).to(y.dtype), create_graph=True)[0]
+                for c in columns.mT
+            ]
+        return torch.stack([p.reshape(-1).to(dtype) for p in parts], dim=1)
+
     def product(columns: Tensor) -> Tensor:
         g = gradient()
         out = columns.new_zeros(columns.shape[::-1]).mT
@@ -88,4 +99,5 @@ def hessian_of(fn: Callable[[Tensor], Tensor], x: Tensor) -> LinearOperator:
         symmetric=True,
         name=f"Hessian of {getattr(fn, '__name__', type(fn).__name__)}",
         identity=lambda: digest([leaf]),
+        differentiable=with_graph,
     )

@@ -16,7 +16,7 @@ InstanceNorm (pytorch#196699, #196700, #198017).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.check import central_difference
+from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import derivative, pieces
@@ -64,9 +65,10 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
     if method == "exact":
         cache = GraphCache(risk, memory, _gradient_graph, _require_second)
         product: Callable[[Tensor], Tensor] = partial(_product, cache)
+        differentiable = partial(_product_with_graph, risk)
         name = "Hessian"
     elif method == "finite_difference":
-        product = partial(_difference, risk)
+        product, differentiable = partial(_difference, risk), None
         name = "Hessian (finite differences)"
     else:
         raise ValueError(f"method= is 'exact' or 'finite_difference', got {method!r}")
@@ -81,6 +83,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         name=name,
         identity=risk.fingerprint,
         restrict=lambda names: hessian(risk.part(names), method=method, memory=memory),
+        differentiable=differentiable,
     )
 
 
@@ -130,6 +133,32 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
         return out
 
     return risk.accumulate(add)
+
+
+def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
+    params = list(risk.params.values())
+
+    def add(batch: Batch, total: Tensor | None) -> Tensor:
+        gradients = _gradient_graph(batch)
+        _require_second(gradients)
+        out = []
+        for column in columns.mT:
+            vectors = risk.space.split(column)
+            parts: Sequence[Tensor | None] = [None] * len(params)
+            if gradients:
+                parts = torch.autograd.grad(
+                    [g for _, g in gradients],
+                    params,
+                    [vectors[i].to(g.dtype) for i, g in gradients],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            out.append(risk.space.join_with_graph(parts))
+        product = torch.stack(out, dim=1) * batch.scale
+        return product if total is None else total + product
+
+    with PrimitiveNorms():  # the third derivatives of the native ones are wrong
+        return risk.accumulate(add)
 
 
 def _difference(risk: Risk, columns: Tensor) -> Tensor:

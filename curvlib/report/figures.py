@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curvlib.core.files import atomic_write
 from curvlib.estimators.density import Density
 from curvlib.estimators.eigenpairs import Eigenpairs
+from curvlib.estimators.figure import decades
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +71,76 @@ def spectrum_figure(
         heading.append(f"trace {with_error(density.trace, density.trace_stderr)}")
         figure.suptitle("   |   ".join(heading), size=8.5, x=0.01, ha="left")
     return figure
+
+
+def layers_figure(
+    rows: Sequence[tuple[str, int, float, float]], *, label: str, heading: list[str], note: str
+) -> Figure:
+    """A bar for each layer, with its standard error, in the order of the model.
+
+    The axis is linear; where bars differ by more than two decades, it turns logarithmic away from
+    zero, so that small layers can be read, too.
+
+    Args:
+        rows: Name, number of parameters, value and standard error of each layer.
+        label: What the bars show.
+        heading: What they belong to, in parts.
+        note: How they were estimated.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'curvlib[plot]'") from error
+    names = [f"{name}  ({parameters:,})" for name, parameters, _, _ in rows]
+    values = [value for _, _, value, _ in rows]
+    errors = [stderr if stderr > 0.0 else 0.0 for _, _, _, stderr in rows]
+    at = list(range(len(rows)))
+    with mpl.rc_context(_style()):
+        figure = Figure(figsize=(7.0, 1.25 + 0.24 * len(rows)), layout="constrained")
+        ax = figure.subplots()
+        ax.barh(at, values, height=0.68, color=COLOURS[0], alpha=0.85, lw=0)
+        if any(errors):
+            bars = ax.errorbar(
+                values,
+                at,
+                xerr=errors,
+                fmt="none",
+                ecolor="0.15",
+                elinewidth=1.1,
+                capsize=2.5,
+            )
+            # Below the axes, where no bar can lie under it.
+            figure.legend([bars], ["± standard error"], loc="outside lower right", frameon=False)
+        turn = _turn(values)
+        if turn:
+            ax.set_xscale("asinh", linear_width=turn)
+            ticks = decades(min(*values, 0.0), max(*values, 0.0), 3.0 * turn)
+            ax.set_xticks([tick for tick, _ in ticks], [mark for _, mark in ticks])
+            ax.set_xticks([], minor=True)
+        ax.axvline(0.0, color="0.3", lw=0.8)
+        ax.set_yticks(at, names)
+        ax.set_ylim(len(rows) - 0.5, -0.5)  # the first layer on top
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.grid(axis="x", color="0.9", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.set_xlabel(f"{label}  ({note})")
+        if len(rows) > 2:
+            ax.set_ylabel("layer (parameters)")
+        figure.suptitle("   |   ".join(heading), size=8.5, x=0.01, ha="left")
+    return figure
+
+
+def _turn(values: Sequence[float]) -> float | None:
+    """Where an axis of such values turns logarithmic; ``None`` where it is linear throughout."""
+    sizes = sorted(abs(value) for value in values if value)
+    if not sizes or sizes[-1] < 100.0 * sizes[0]:
+        return None
+    return max(sizes[0], 1e-4 * sizes[-1])
 
 
 def with_error(value: float, error: float) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curvlib.core.files import atomic_write, curvlib_version
 from curvlib.estimators.density import Density
 from curvlib.estimators.eigenpairs import Eigenpairs
 from curvlib.report.figures import save_figure, spectrum_figure, with_error
+from curvlib.report.files import number, write_command, write_numbers
 
 
 @dataclass(frozen=True)
@@ -99,14 +96,8 @@ def write(spectrum: Spectrum, folder: str | os.PathLike[str], command: str) -> l
         ImportError: If matplotlib is absent; the numbers are written by then.
     """
     folder = Path(folder)
-    numbers = folder / "spectrum.json"
-    with atomic_write(numbers) as temporary:
-        text = json.dumps(_document(spectrum, command), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-    shell = folder / "command.txt"
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
-    with atomic_write(shell) as temporary:
-        temporary.write_text(f"# {versions}\n{command}\n", encoding="utf-8")
+    numbers = write_numbers(folder / "spectrum.json", _document(spectrum), command)
+    shell = write_command(folder, command)
     kept = [
         spectrum.eigenpairs.save(folder / "eigenpairs.safetensors"),
         spectrum.density.save(folder / "density.safetensors"),
@@ -120,7 +111,7 @@ def write(spectrum: Spectrum, folder: str | os.PathLike[str], command: str) -> l
     return [*save_figure(figure, folder / "spectrum"), numbers, *kept, shell]
 
 
-def _document(spectrum: Spectrum, command: str) -> dict[str, Any]:
+def _document(spectrum: Spectrum) -> dict[str, Any]:
     pairs, density = spectrum.eigenpairs, spectrum.density
     return {
         "operator": spectrum.name,
@@ -131,31 +122,19 @@ def _document(spectrum: Spectrum, command: str) -> dict[str, Any]:
             {"value": value, "residual": residual, "converged": converged}
             for value, residual, converged in _rows(pairs)
         ],
-        "norm": _number(pairs.norm),
+        "norm": number(pairs.norm),
         "largest_stable_step": spectrum.stable_step,
-        "trace": _number(density.trace),
-        "trace_stderr": _number(density.trace_stderr),
-        "near_zero": _number(density.near_zero),
-        "mass_near_zero": _number(density.mass_near_zero),
-        "mass_near_zero_stderr": _number(density.mass_near_zero_stderr),
+        "trace": number(density.trace),
+        "trace_stderr": number(density.trace_stderr),
+        "near_zero": number(density.near_zero),
+        "mass_near_zero": number(density.mass_near_zero),
+        "mass_near_zero_stderr": number(density.mass_near_zero_stderr),
         "products": spectrum.products,
         "seconds": round(spectrum.seconds, 3),
         "resumed": spectrum.resumed,
-        "command": command,
-        "versions": _versions(),
     }
 
 
 def _rows(pairs: Eigenpairs) -> list[tuple[float, float, bool]]:
     columns = (pairs.values.tolist(), pairs.residuals.tolist(), pairs.converged.tolist())
     return sorted(zip(*columns, strict=True), reverse=True)
-
-
-def _number(value: Any) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _versions() -> dict[str, str]:
-    packages = {p: importlib.metadata.version(p) for p in ("torch", "numpy")}
-    return {"curvlib": curvlib_version(), "Python": platform.python_version(), **packages}

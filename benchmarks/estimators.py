@@ -1,0 +1,366 @@
+"""Traces and diagonals: error against products and seconds, overhead, and time per product.
+
+    python benchmarks/estimators.py [--seeds 20] [--rounds 5] [--no-save]
+
+Four tables, each row with its ``part``:
+
+- ``accuracy``: the error of each method for the same products, in the root mean square over
+  seeds, relative to the trace (or to the norm of the diagonal), on matrices of 1,000 rows with
+  prescribed spectra and on the Hessian and the GGN of a trained digits network. Truths are dense.
+- ``products``: how many products plain Hutchinson would need for the error of each method.
+- ``overhead``: time outside the operator's products by time inside them, for P > 1e6.
+- ``per product``: milliseconds per product of the same method, of curvlib and curvlinops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+
+import curvlib as cl
+from curvlib.core.operator import LinearOperator
+from curvlib.estimators.diagonal import diagonal
+from curvlib.estimators.functions import trace_of
+from curvlib.estimators.trace import trace
+
+F64 = torch.float64
+SIZE = 1000
+BUDGETS = (12, 48, 192)
+
+try:
+    import curvlinops
+except ImportError:
+    curvlinops = None
+
+
+# ------------------------------------------------------------------------------- problems
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix whose diagonal is known, as each library takes it."""
+
+    name: str
+    diagonal: Tensor
+    ours: LinearOperator
+    theirs: Any
+
+
+def spectra() -> dict[str, Tensor]:
+    k = torch.arange(SIZE, dtype=F64)
+    return {
+        "flat": 3.0 - 2.0 * k / (SIZE - 1),
+        "polynomial": (k + 1) ** -2,
+        "exponential": 0.7**k,
+        "step": torch.where(k < 50, 1.0, 1e-3).to(F64),
+    }
+
+
+def matrices() -> list[Matrix]:
+    """Random eigenvectors, prescribed eigenvalues (as in Epperly, Tropp and Webber's tests)."""
+    draw = torch.Generator().manual_seed(3)
+    Q = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=draw, dtype=F64)).Q
+    out = []
+    for name, values in spectra().items():
+        A = (Q * values) @ Q.T
+        A = 0.5 * (A + A.T)
+        op = LinearOperator(A.matmul, (SIZE, SIZE), dtype=F64, psd=True, name=name)
+        out.append(Matrix(name, A.diagonal().clone(), op, A))
+    return out
+
+
+def networks() -> list[Matrix]:
+    p, double = common.problem("digits"), common.problem("digits").double()
+    risk = cl.Risk(p.model, torch.nn.CrossEntropyLoss(), (p.x, p.y))
+    truths = {"hessian": hessian_diagonal(double), "ggn": ggn_diagonal(double)}
+    ours = {"hessian": cl.hessian(risk), "ggn": cl.ggn(risk)}
+    return [
+        Matrix(f"digits {kind}", truths[kind], ours[kind], peer(p, kind))
+        for kind in ("hessian", "ggn")
+    ]
+
+
+def peer(p: common.Problem, kind: str) -> Any:
+    if curvlinops is None:
+        return None
+    classes = {
+        "hessian": curvlinops.HessianLinearOperator,
+        "ggn": curvlinops.GGNLinearOperator,
+    }
+    return classes[kind](
+        p.model,
+        torch.nn.CrossEntropyLoss(),
+        p.params,
+        [(p.x, p.y)],
+        check_deterministic=False,
+        num_data=p.x.shape[0],
+    )
+
+
+def hessian_diagonal(p: common.Problem) -> Tensor:
+    """By double backward, column after column."""
+    grads = torch.autograd.grad(p.loss(), p.params, create_graph=True)
+    flat, out = common.join(grads), []
+    for rows in torch.arange(p.size).split(200):
+        eye = torch.zeros(len(rows), p.size, dtype=flat.dtype)
+        eye[torch.arange(len(rows)), rows] = 1.0
+        columns = torch.autograd.grad(flat, p.params, eye, retain_graph=True, is_grads_batched=True)
+        joined = torch.cat([c.reshape(len(rows), -1) for c in columns], 1)
+        out.append(joined[torch.arange(len(rows)), rows])
+    return torch.cat(out)
+
+
+def ggn_diagonal(p: common.Problem) -> Tensor:
+    """From the Jacobian of each output: the mean over examples of J' (diag(q) - q q') J."""
+    with torch.no_grad():
+        q = p.model(p.x).softmax(1)
+    params = dict(p.model.named_parameters())
+    square, mean = 0.0, 0.0
+    for c in range(q.shape[1]):
+
+        def output(params: dict[str, Tensor], x: Tensor, c: int = c) -> Tensor:
+            return torch.func.functional_call(p.model, params, x[None])[0, c]
+
+        rows = torch.func.vmap(torch.func.grad(output), (None, 0))(params, p.x)
+        J = torch.cat([r.detach().flatten(1) for r in rows.values()], 1)
+        square, mean = square + q[:, c, None] * J.square(), mean + q[:, c, None] * J
+    return (square - torch.as_tensor(mean).square()).mean(0)
+
+
+# ----------------------------------------------------------------------------- contenders
+Estimate = Callable[[Matrix, int, int], Any]
+
+
+def _ours(quantity: str, method: str) -> Estimate:
+    function: Any = {"trace": trace, "diagonal": diagonal}[quantity]
+    return lambda m, products, seed: (
+        function(m.ours, method=method, max_products=products, seed=seed, progress=False).value
+    )
+
+
+def _theirs(name: str) -> Estimate:
+    def call(m: Matrix, products: int, seed: int) -> Any:
+        torch.manual_seed(seed)  # its probes come from the global generator
+        return getattr(curvlinops, name)(m.theirs, products)
+
+    return call
+
+
+CONTENDERS: dict[str, dict[tuple[str, str], Estimate]] = {
+    "trace": {
+        ("curvlib", "hutchinson"): _ours("trace", "hutchinson"),
+        ("curvlib", "hutch++"): _ours("trace", "hutch++"),
+        ("curvlib", "xtrace"): _ours("trace", "xtrace"),
+        ("curvlib", "xnystrace"): _ours("trace", "xnystrace"),
+        ("curvlinops", "hutchinson"): _theirs("hutchinson_trace"),
+        ("curvlinops", "hutch++"): _theirs("hutchpp_trace"),
+        ("curvlinops", "xtrace"): _theirs("xtrace"),
+    },
+    "diagonal": {
+        ("curvlib", "hutchinson"): _ours("diagonal", "hutchinson"),
+        ("curvlib", "xdiag"): _ours("diagonal", "xdiag"),
+        ("curvlib", "xnysdiag"): _ours("diagonal", "xnysdiag"),
+        ("curvlinops", "hutchinson"): _theirs("hutchinson_diag"),
+        ("curvlinops", "xdiag"): _theirs("xdiag"),
+    },
+}
+
+
+# ------------------------------------------------------------------------------- accuracy
+def accuracy(m: Matrix, quantity: str, seeds: int) -> list[dict[str, Any]]:
+    truth = m.diagonal if quantity == "diagonal" else m.diagonal.sum()
+    scale = float(truth.norm())
+    rows = []
+    for products in BUDGETS:
+        base = {"part": "accuracy", "problem": m.name, "quantity": quantity, "products": products}
+        errors: dict[tuple[str, str], list[float]] = {}
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for seed in range(seeds):  # contenders take turns
+            for who, estimate in CONTENDERS[quantity].items():
+                if who in errors and not errors[who]:
+                    continue
+                start = time.perf_counter()
+                try:
+                    found = torch.as_tensor(estimate(m, products, seed)).double()
+                except Exception as reason:
+                    note = f"{type(reason).__name__}: {str(reason)[:60]}"
+                    note = note if curvlinops or who[0] == "curvlib" else "not installed"
+                    rows.append(base | {"library": who[0], "method": who[1], "note": note})
+                    errors[who] = []
+                    continue
+                seconds.setdefault(who, []).append(time.perf_counter() - start)
+                errors.setdefault(who, []).append(float((found - truth).norm()) / scale)
+        rows += [
+            base
+            | {
+                "library": who[0],
+                "method": who[1],
+                "error": float(f"{math.sqrt(statistics.fmean(e**2 for e in found)):.3g}"),
+                "ms": round(1e3 * statistics.median(seconds[who]), 3),
+            }
+            for who, found in errors.items()
+            if found
+        ]
+    return rows
+
+
+def savings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Products that Hutchinson needs for each method's error, from its N ** -1/2 law."""
+    out = []
+    for row in rows:
+        if "error" not in row or row["method"] == "hutchinson" or row["products"] != 48:
+            continue
+        alike = [
+            r
+            for r in rows
+            if (r["problem"], r["quantity"]) == (row["problem"], row["quantity"])
+            and (r["library"], r["method"]) == ("curvlib", "hutchinson")
+        ]
+        level = math.sqrt(statistics.fmean(r["error"] ** 2 * r["products"] for r in alike))
+        kept = {k: row[k] for k in ("problem", "quantity", "library", "method", "error")}
+        needed = (level / max(row["error"], 1e-15)) ** 2
+        fewer = float(f"{needed / 48:.3g}")
+        out.append({"part": "products", **kept, "hutchinson": round(needed), "fewer": fewer})
+    return out
+
+
+# --------------------------------------------------------------------- overhead and time
+def overhead(name: str, kind: str, products: int, rounds: int) -> list[dict[str, Any]]:
+    """Each estimator's time outside the products, by that inside."""
+    p = common.problem(name)
+    risk = cl.Risk(p.model, torch.nn.CrossEntropyLoss(), (p.x, p.y))
+    op = cl.hessian(risk) if kind == "hessian" else cl.ggn(risk)
+    inside = [0.0]
+    product = op._product
+
+    def timed(V: Tensor) -> Tensor:
+        start = time.perf_counter()
+        out = product(V)
+        inside[0] += time.perf_counter() - start
+        return out
+
+    op._product = timed
+    op.matmat(common.vectors(p.size, 8))
+    calls: dict[str, Callable[[], Any]] = {
+        f"{q} {method}": (
+            lambda f=f, method=method: f(op, method=method, max_products=products, progress=False)
+        )
+        for q, f, methods in (
+            ("trace", trace, ("hutchinson", "hutch++", "xtrace", "xnystrace")),
+            ("diagonal", diagonal, ("hutchinson", "xdiag", "xnysdiag")),
+        )
+        for method in methods
+        if op.psd or not method.startswith("xnys")
+    }
+    calls["trace_of"] = lambda: trace_of(
+        op, torch.exp, steps=max(products // 8, 1), probes=8, progress=False
+    )
+    found: dict[str, list[float]] = {who: [] for who in calls}
+    for _ in range(rounds):
+        for who, call in calls.items():
+            inside[0], start = 0.0, time.perf_counter()
+            call()
+            found[who].append((time.perf_counter() - start - inside[0]) / inside[0])
+    return [
+        {
+            "part": "overhead",
+            "problem": f"{name} {kind}",
+            "parameters": p.size,
+            "products": products,
+            "method": who,
+            "overhead": round(statistics.median(shares), 4),
+        }
+        for who, shares in found.items()
+    ]
+
+
+def per_product(name: str, kind: str, products: int, rounds: int) -> list[dict[str, Any]]:
+    """The same method, the same number of products, K >= 8 columns at a time."""
+    p = common.problem(name)
+    risk = cl.Risk(p.model, torch.nn.CrossEntropyLoss(), (p.x, p.y))
+    op = cl.hessian(risk) if kind == "hessian" else cl.ggn(risk)
+    m = Matrix(name, torch.empty(0), op, peer(p, kind))
+    rows = []
+    for method in ("hutchinson", "xtrace"):
+        pair = {
+            who: (lambda who=who, method=method: CONTENDERS["trace"][who, method](m, products, 0))
+            for who in ("curvlib", "curvlinops")
+            if who == "curvlib" or curvlinops is not None
+        }
+        calls = {who: common.math_attention(call) for who, call in pair.items()}
+        times = common.race(calls, rounds=rounds, least=0.05)
+        base = {"part": "per product", "problem": f"{name} {kind}", "parameters": p.size}
+        for who, timing in times.items():
+            row = {"library": who, "method": method, "ms": round(1e3 * timing.median / products, 3)}
+            if who == "curvlib" and "curvlinops" in times:
+                row["faster"] = round(times["curvlinops"].median / timing.median, 2)
+            rows.append(base | {"products": products} | row)
+        if curvlinops is None:
+            rows.append(base | {"library": "curvlinops", "method": method, "note": "not installed"})
+    return rows
+
+
+# ----------------------------------------------------------------------------------- main
+COLUMNS: dict[str, dict[str, str]] = {
+    "accuracy": {
+        "problem": "", "quantity": "", "products": "d", "library": "", "method": "",
+        "error": ".1e", "ms": ".1f", "note": "",
+    },
+    "products": {
+        "problem": "", "quantity": "", "library": "", "method": "", "error": ".1e",
+        "hutchinson": ",d", "fewer": ".3g",
+    },
+    "overhead": {
+        "problem": "", "parameters": ",d", "method": "", "products": "d", "overhead": ".1%",
+    },
+    "per product": {
+        "problem": "", "parameters": ",d", "products": "d", "library": "", "method": "",
+        "ms": ".3f", "faster": ".2f", "note": "",
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=tuple(COLUMNS), default=list(COLUMNS))
+    parser.add_argument("--no-save", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+
+    def show(part: str, more: list[dict[str, Any]]) -> None:
+        rows.extend(more)
+        print(f"\n{part}\n{common.table(more, COLUMNS[part])}", flush=True)
+
+    if {"accuracy", "products"} & set(options.parts):
+        for m in [*matrices(), *networks()]:
+            seeds = options.seeds if m.name in spectra() else max(options.seeds // 4, 3)
+            for quantity in CONTENDERS:
+                show("accuracy", accuracy(m, quantity, seeds))
+        show("products", savings(rows))
+    if "overhead" in options.parts:
+        for kind in ("hessian", "ggn"):
+            show("overhead", overhead("mlp", kind, 24, min(options.rounds, 2)))
+    if "per product" in options.parts:
+        for name in ("mlp", "gpt", "digits"):
+            for kind in ("hessian", "ggn"):
+                show("per product", per_product(name, kind, 16, options.rounds))
+    if not options.no_save:
+        settings = {"seeds": options.seeds, "rounds": options.rounds, "device": "cpu"}
+        print(
+            "\nwrote", common.save("estimators", rows, settings).relative_to(common.RESULTS.parent)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+r"""Operators whose eigenvalues are known: each adds ``solve``, ``power``, ``trace`` and the like.
+
+They are what preconditioners, low-rank approximations and diagonal curvature are made of. All of
+their functions are exact and cost no more than a few products.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.core.operator import LinearOperator, digest
+
+
+class Diagonal(LinearOperator):
+    """A diagonal matrix.
+
+    Args:
+        values: The diagonal, ``[P]``, finite.
+        name: What it is, for legends and reports.
+
+    Raises:
+        TypeError: If ``values`` is no float32 or float64 tensor.
+        ValueError: If it is not one-dimensional, or has an entry that is not finite.
+
+    Example:
+        >>> D = Diagonal(torch.tensor([1.0, 4.0]))
+        >>> D.solve(torch.ones(2)).tolist(), (D.power(0.5) @ torch.ones(2)).tolist()
+        ([1.0, 0.25], [1.0, 2.0])
+    """
+
+    def __init__(self, values: Tensor, *, name: str = "diagonal") -> None:
+        values = _finite_tensor("values", values, 1)
+        super().__init__(
+            lambda V: values[:, None] * V,
+            (values.numel(), values.numel()),
+            dtype=values.dtype,
+            device=values.device,
+            symmetric=True,
+            psd=bool((values >= 0).all()),
+            name=name,
+            identity=lambda: digest([values]),
+        )
+        self.values = values
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[P]``."""
+        return self.values
+
+    def shift(self, value: float) -> Diagonal:
+        """``D + value * I``, again diagonal."""
+        name = super().shift(value).name
+        return Diagonal(self.values + float(value), name=name)
+
+    def solve(self, x: Tensor, damping: float = 0.0) -> Tensor:
+        r""":math:`(D + \text{damping}\, I)^{-1} x` for ``x`` of shape ``[P]`` or ``[P, K]``.
+
+        Raises:
+            RuntimeError: If an entry of the damped diagonal is zero.
+        """
+        shifted = self.values + _damping(damping)
+        _require_regular(self, shifted, damping)
+        return _on_columns(self, x, lambda V: V / shifted[:, None])
+
+    def power(self, p: float) -> Diagonal:
+        """``D ** p``; ``p = 0`` is the identity.
+
+        Raises:
+            RuntimeError: If a power of an entry is not real, or not finite.
+        """
+        _require_power(self, self.values, p)
+        return Diagonal(self.values**p, name=f"({self.name})^{p:g}")
+
+    def inverse(self, damping: float = 0.0) -> Diagonal:
+        r""":math:`(D + \text{damping}\, I)^{-1}`, again diagonal."""
+        shifted = self.values + _damping(damping)
+        _require_regular(self, shifted, damping)
+        return Diagonal(1.0 / shifted, name=f"({self.name})^-1")
+
+    def trace(self) -> float:
+        """The sum of the diagonal."""
+        return float(self.values.sum(dtype=torch.float64))
+
+    def logdet(self, damping: float = 0.0) -> float:
+        r""":math:`\log \det (D + \text{damping}\, I)`.
+
+        Raises:
+            RuntimeError: If an entry of the damped diagonal is not positive.
+        """
+        shifted = self.values.double() + _damping(damping)
+        _require_positive(self, shifted, damping)
+        return float(shifted.log().sum())
+
+
+class LowRankPlusShift(LinearOperator):
+    r""":math:`A = U \,\mathrm{diag}(v)\, U^\top + s I` with orthonormal columns :math:`U`.
+
+    Its eigenvalues are :math:`v_i + s`, and :math:`s` with multiplicity ``P - k``. Inverses and
+    powers are of the same kind, so they are exact: in :math:`O(P k)` for each column.
+
+    Args:
+        vectors: :math:`U`, ``[P, k]`` with orthonormal columns; ``k`` may be 0.
+        values: :math:`v`, ``[k]``.
+        shift: :math:`s`; the attribute is ``offset``.
+        name: What it is, for legends and reports.
+
+    Attributes:
+        vectors: :math:`U`, ``[P, k]``.
+        eigenvalues: :math:`v + s`, ``[k]``, float64, on the CPU.
+        offset: :math:`s`.
+
+    Raises:
+        TypeError: If a tensor is none of float32 or float64.
+        ValueError: If shapes do not fit, numbers are not finite, or :math:`U^\top U \ne I`.
+
+    Example:
+        >>> U = torch.eye(3, dtype=torch.float64)[:, :1]
+        >>> A = LowRankPlusShift(U, torch.tensor([3.0]), 1.0)
+        >>> A.diagonal().tolist(), A.trace(), round(A.logdet(), 4)
+        ([4.0, 1.0, 1.0], 6.0, 1.3863)
+        >>> A.solve(torch.ones(3, dtype=torch.float64)).tolist()
+        [0.25, 1.0, 1.0]
+    """
+
+    def __init__(
+        self, vectors: Tensor, values: Tensor, shift: float = 0.0, *, name: str = "low rank"
+    ) -> None:
+        values = _finite_tensor("values", values, 1)
+        offset = _number("shift", shift)
+        self._build(vectors, values.detach().cpu().double() + offset, offset, name, check=True)
+
+    @classmethod
+    def from_eigenvalues(
+        cls, vectors: Tensor, eigenvalues: Tensor, offset: float = 0.0, *, name: str = "low rank"
+    ) -> LowRankPlusShift:
+        """The same, from the eigenvalues ``v + s`` themselves: nothing cancels for small ones."""
+        eigenvalues = _finite_tensor("eigenvalues", eigenvalues, 1)
+        out = cls.__new__(cls)
+        number = _number("offset", offset)
+        out._build(vectors, eigenvalues.detach().cpu().double(), number, name, check=True)
+        return out
+
+    def _build(
+        self, vectors: Tensor, eigenvalues: Tensor, offset: float, name: str, *, check: bool
+    ) -> None:
+        vectors = _finite_tensor("vectors", vectors, 2)
+        n, k = vectors.shape
+        if k > n or eigenvalues.shape != (k,):
+            raise ValueError(
+                f"expected vectors [P, k] with k <= P and k values, got {[n, k]} and "
+                f"{list(eigenvalues.shape)}"
+            )
+        if check and k:
+            gram = (vectors.mT @ vectors).double().cpu()
+            error = float((gram - torch.eye(k, dtype=torch.float64)).abs().max())
+            if not error <= 10 * math.sqrt(torch.finfo(vectors.dtype).eps):
+                raise ValueError(
+                    f"expected orthonormal columns in vectors, but U.T @ U is off by {error:.1e}; "
+                    "use torch.linalg.qr(U).Q"
+                )
+        every = (
+            eigenvalues if k == n else torch.cat([eigenvalues, eigenvalues.new_tensor([offset])])
+        )
+        super().__init__(
+            lambda V: self._apply(V, eigenvalues, offset),
+            (n, n),
+            dtype=vectors.dtype,
+            device=vectors.device,
+            symmetric=True,
+            psd=bool((every >= 0).all()),
+            name=name,
+            identity=lambda: f"{digest([vectors, eigenvalues])}{offset!r}",
+        )
+        self.vectors = vectors
+        self.eigenvalues = eigenvalues
+        self.offset = offset
+
+    @property
+    def values(self) -> Tensor:
+        """:math:`v`, the eigenvalues minus the shift, ``[k]``, float64."""
+        return self.eigenvalues - self.offset
+
+    def _apply(self, V: Tensor, eigenvalues: Tensor, offset: float) -> Tensor:
+        """``U diag(eigenvalues) U.T V + offset (I - U U.T) V``, without cancellation."""
+        U = self.vectors
+        coefficients = U.mT @ V
+        inside = eigenvalues[:, None].to(V) * coefficients
+        if offset == 0.0 or U.shape[1] == U.shape[0]:
+            return U @ inside
+        if bool((eigenvalues.abs() >= abs(offset)).all()):
+            return torch.addmm(offset * V, U, inside - offset * coefficients)
+        rest = V - U @ coefficients
+        rest = rest - U @ (U.mT @ rest)  # what rounding left in the span would be magnified
+        return torch.addmm(offset * rest, U, inside)
+
+    def _same(self, eigenvalues: Tensor, offset: float, name: str) -> LowRankPlusShift:
+        out = LowRankPlusShift.__new__(LowRankPlusShift)
+        out._build(self.vectors, eigenvalues, offset, name, check=False)
+        return out
+
+    def _distinct(self, damping: float) -> Tensor:
+        """The damped eigenvalues ``[k]`` or, with that of the complement, ``[k + 1]``."""
+        if len(self.eigenvalues) == self.shape[0]:
+            return self.eigenvalues + damping
+        return torch.cat([self.eigenvalues, torch.tensor([self.offset]).double()]) + damping
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, ``[P]``."""
+        return self.vectors.square() @ self.values.to(self.vectors) + self.offset
+
+    def shift(self, value: float) -> LowRankPlusShift:
+        """``A + value * I``, of the same kind."""
+        name = super().shift(value).name
+        return self._same(self.eigenvalues + float(value), self.offset + float(value), name)
+
+    def solve(self, x: Tensor, damping: float = 0.0) -> Tensor:
+        r""":math:`(A + \text{damping}\, I)^{-1} x` for ``x`` of shape ``[P]`` or ``[P, K]``.
+
+        Raises:
+            RuntimeError: If the damped operator is singular.
+        """
+        damping = _damping(damping)
+        _require_regular(self, self._distinct(damping), damping)
+        values, rest = self.eigenvalues + damping, self.offset + damping
+        outside = 0.0 if rest == 0.0 else 1.0 / rest  # zero only where U is a full basis
+        return _on_columns(self, x, lambda V: self._apply(V, 1.0 / values, outside))
+
+    def power(self, p: float) -> LowRankPlusShift:
+        """``A ** p``, of the same kind; ``p = 0`` is the identity.
+
+        Raises:
+            RuntimeError: If a power of an eigenvalue is not real, or not finite.
+        """
+        _require_power(self, self._distinct(0.0), p)
+        full = len(self.eigenvalues) == self.shape[0]
+        rest = 0.0 if full else self.offset**p
+        return self._same(self.eigenvalues**p, rest, f"({self.name})^{p:g}")
+
+    def inverse(self, damping: float = 0.0) -> LowRankPlusShift:
+        r""":math:`(A + \text{damping}\, I)^{-1}`, of the same kind."""
+        damping = _damping(damping)
+        _require_regular(self, self._distinct(damping), damping)
+        full = len(self.eigenvalues) == self.shape[0]
+        rest = 0.0 if full else 1.0 / (self.offset + damping)
+        return self._same(1.0 / (self.eigenvalues + damping), rest, f"({self.name})^-1")
+
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+        outside = self.shape[0] - len(self.eigenvalues)
+        return float(self.eigenvalues.sum()) + outside * self.offset
+
+    def logdet(self, damping: float = 0.0) -> float:
+        r""":math:`\log \det (A + \text{damping}\, I)`.
+
+        Raises:
+            RuntimeError: If an eigenvalue of the damped operator is not positive.
+        """
+        damping = _damping(damping)
+        _require_positive(self, self._distinct(damping), damping)
+        outside = self.shape[0] - len(self.eigenvalues)
+        rest = math.log(self.offset + damping) if outside else 0.0
+        return float((self.eigenvalues + damping).log().sum()) + outside * rest
+
+
+def _on_columns(op: LinearOperator, x: Any, function: Any) -> Tensor:
+    """Applies a function of columns ``[P, K]`` to a vector or columns, checked as a product's."""
+    if isinstance(x, Tensor) and x.ndim == 1:
+        return _on_columns(op, x[:, None], function)[:, 0]
+    checked: Tensor = op._multiply(x, function, op.shape)
+    return checked
+
+
+def _finite_tensor(name: str, values: Any, ndim: int) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"expected a torch.Tensor for {name}, got {type(values).__name__}")
+    if values.ndim != ndim:
+        raise ValueError(f"expected {name} with {ndim} dimension(s), got {list(values.shape)}")
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"expected {name} in float32 or float64, got {values.dtype}")
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {values.numel()} entries of {name} are NaN or infinite")
+    return values
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"expected a number for {name}, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number for {name}, got {value}")
+    return float(value)
+
+
+def _damping(value: Any) -> float:
+    return _number("damping", value)
+
+
+def _require_regular(op: LinearOperator, values: Tensor, damping: float) -> None:
+    zero = int((values == 0).sum())
+    if zero:
+        raise RuntimeError(
+            f"{op!r} with damping={damping:g} is singular: {zero} of its {values.numel()} distinct "
+            "eigenvalues are zero; pass a larger damping="
+        )
+
+
+def _require_positive(op: LinearOperator, values: Tensor, damping: float) -> None:
+    bad = values[values <= 0]
+    if bad.numel():
+        raise RuntimeError(
+            f"log det of {op!r} with damping={damping:g} needs positive eigenvalues, but "
+            f"{bad.numel()} are not, the least is {float(bad.min()):.3g}; "
+            f"pass damping > {damping - float(bad.min()):.3g}"
+        )
+
+
+def _require_power(op: LinearOperator, values: Tensor, power: Any) -> None:
+    p = _number("p", power)
+    negative = values[values < 0]
+    if negative.numel() > 0 and not p.is_integer():
+        raise RuntimeError(
+            f"power {p:g} of {op!r} is not real: {negative.numel()} eigenvalues are negative, the "
+            f"least is {float(negative.min()):.3g}; use op.shift({-float(negative.min()):.3g}) or "
+            "an integer power"
+        )
+    if p < 0:
+        zero = int((values == 0).sum())
+        if zero:
+            raise RuntimeError(
+                f"power {p:g} of {op!r} is infinite: {zero} of its distinct eigenvalues are zero; "
+                "use op.shift(damping).power(p)"
+            )

@@ -1,0 +1,76 @@
+r"""Hutch++: the trace on a sketched subspace exactly, and of the rest by independent probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from curvlib.estimators.leave_one_out import combine, extend, inner
+from curvlib.estimators.stopping import Plan, multiply
+
+
+@dataclass(frozen=True)
+class HutchppState:
+    """Where a run stands.
+
+    Attributes:
+        basis: Rows of the sketched subspace, in blocks ``[b, n]``.
+        known: Trace on the subspace.
+        samples: Samples of the trace of the rest, ``[m]``, float64 on the CPU.
+        products: Columns multiplied.
+        generator: State of the random generator.
+    """
+
+    basis: tuple[Tensor, ...]
+    known: float
+    samples: Tensor
+    products: int
+    generator: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Dimension of the subspace so far."""
+        return sum(block.shape[0] for block in self.basis)
+
+
+def first_state(plan: Plan) -> HutchppState:
+    """The state before the first product."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return HutchppState((), 0.0, none, 0, plan.random.get_state())
+
+
+def next_state(plan: Plan, state: HutchppState, rank: int) -> HutchppState:
+    """Block products that extend the subspace up to ``rank``, then those of probes of the rest.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
+    """
+    if state.rank < rank:
+        size = min(plan.block, rank - state.rank)
+        rows, generator = plan.draw(state.generator, size)
+        fresh, _, _ = extend(state.basis, multiply(plan.op, rows, state.products))
+        image = multiply(plan.op, fresh, state.products + size)
+        return replace(
+            state,
+            basis=(*state.basis, fresh),
+            known=state.known + float(torch.dot(fresh.double().ravel(), image.double().ravel())),
+            products=state.products + 2 * size,
+            generator=generator,
+        )
+    size = plan.following(len(state.samples))
+    rows, generator = plan.draw(state.generator, size)
+    for _ in range(2 if state.basis else 0):
+        rows = rows - combine(state.basis, inner(state.basis, (rows,)))
+    if plan.law != "rademacher":  # the direction is uniform: set the length to its mean
+        left = plan.op.shape[0] - state.rank
+        rows = rows * (left**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+    image = multiply(plan.op, rows, state.products)
+    samples = (rows.double() * image.double()).sum(1).cpu()
+    return replace(
+        state,
+        samples=torch.cat([state.samples, samples]),
+        products=state.products + size,
+        generator=generator,
+    )

@@ -1,0 +1,85 @@
+r"""Low-rank approximations from a block of products: Nyström and Rayleigh-Ritz.
+
+Blocks are rows ``[l, P]``; the small matrices are in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from curvlib.estimators.probes import fill_probes
+
+
+def random_rows(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal random rows ``[count, P]``, uniformly distributed, ``like`` a row ``[P]``."""
+    rows = torch.empty((count, like.shape[0]), dtype=like.dtype, device=like.device)
+    fill_probes(rows, "gaussian", generator)
+    return orthonormal(rows)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what ``rows`` span (and more, where those are dependent)."""
+    Q: Tensor = torch.linalg.qr(rows.mT).Q
+    return Q.mT.contiguous()
+
+
+def nystrom(omega: Tensor, product: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    r"""Eigenpairs of Nyström's approximation from the products of some vectors.
+
+    It is :math:`Y (\Omega^\top Y)^+ Y^\top` with :math:`Y = A \Omega`. It is computed for
+    :math:`A + \nu I` with :math:`\nu` at the level of rounding errors, and :math:`\nu` taken off
+    the eigenvalues again: so it is stable whatever the rank of :math:`A`.
+
+    Args:
+        omega: Orthonormal test vectors, rows ``[l, P]``.
+        product: Their products, ``[l, P]``.
+        name: The operator's name, for errors.
+
+    Returns:
+        Orthonormal rows ``[l, P]`` and eigenvalues ``[l]``, descending, float64 on the CPU.
+
+    Raises:
+        RuntimeError: If the operator has a negative eigenvalue.
+
+    Source:
+        J. Tropp, A. Yurtsever, M. Udell and V. Cevher, *Fixed-rank approximation of a
+        positive-semidefinite matrix from streaming data*, NeurIPS 2017, algorithm 3.
+    """
+    size, n = omega.shape
+    norm = float(torch.linalg.vector_norm(product))
+    if norm == 0.0:
+        return omega, torch.zeros(size, dtype=torch.float64)
+    core = (omega @ product.mT).double().cpu()
+    core = 0.5 * (core + core.mT)
+    nu = math.sqrt(n) * torch.finfo(omega.dtype).eps * norm
+    lowest = float(torch.linalg.eigvalsh(core)[0])
+    if lowest < -10.0 * nu:
+        raise RuntimeError(
+            f"the Nyström approximation needs a positive semi-definite operator, but {name} has "
+            f"an eigenvalue of at most {lowest:.3g}; use method='eigh', or add damping with "
+            f"op.shift({-lowest:.2g}) or more"
+        )
+    nu = max(nu, -2.0 * lowest)
+    factor = torch.linalg.cholesky(core + nu * torch.eye(size, dtype=torch.float64))
+    # Rows B = L^-1 (Y + nu Omega) have B'B = the approximation of A + nu I.
+    shifted = torch.add(product, omega, alpha=nu)
+    Q, R = torch.linalg.qr(shifted.mT)
+    small = torch.linalg.solve_triangular(factor, R.double().cpu().mT, upper=False)
+    _, sigma, V = torch.linalg.svd(small)
+    return (V.to(Q) @ Q.mT).contiguous(), (sigma.square() - nu).clamp(min=0.0)
+
+
+def rayleigh_ritz(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz pairs of orthonormal rows ``[l, P]`` from their products, by absolute value.
+
+    Returns:
+        Orthonormal rows ``[l, P]`` and values ``[l]``, the largest absolute values first, float64
+        on the CPU.
+    """
+    core = (basis @ product.mT).double().cpu()
+    values, S = torch.linalg.eigh(0.5 * (core + core.mT))
+    order = values.abs().argsort(descending=True)
+    return S.mT[order].to(basis) @ basis, values[order]

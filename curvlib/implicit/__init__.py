@@ -1,0 +1,1 @@
+"""Derivatives through the minimum of a function, without unrolling what found it."""
