@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+#: Bytes of Lanczos vectors up to which a density keeps all of them unless told otherwise.
+BASIS_BYTES = 2**28
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Density(Result):
     r"""A spectral density: exact outliers, and a statistical bulk.
@@ -182,7 +186,7 @@ def density(
     points: int = 1024,
     width: float | None = None,
     near_zero: float | None = None,
-    reorthogonalize: bool = True,
+    reorthogonalize: bool | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -211,7 +215,9 @@ def density(
         near_zero: What ``mass_near_zero`` counts; a thousandth of the norm when omitted.
         reorthogonalize: Keeps all Lanczos vectors (``steps * probes * P`` numbers) and the
             recurrences free of ghosts. ``False`` keeps three vectors for each probe; ghosts then
-            split weights between copies of a node, which leaves the density as it is.
+            split weights between copies of a node, which leaves the density as it is. When
+            omitted, all are kept where they take at most 256 MiB: beyond that, reading them
+            costs as much as a product of a small batch.
         generator: Where the probes come from, or
         seed: their seed. With neither, the seed is 0.
         checkpoint: A file to save to, and to continue from where it exists.
@@ -252,29 +258,31 @@ def density(
     dimension = op.shape[0] - (0 if removed is None else removed.shape[0])
     if dimension == 0:
         raise ValueError("all eigenpairs are deflated: there is no bulk whose density to estimate")
+    length = min(steps, dimension)
+    kept = length * probes * op.shape[0] * (torch.finfo(op.dtype).bits // 8)
+    full = kept <= BASIS_BYTES if reorthogonalize is None else reorthogonalize
     settings = {
-        "steps": min(steps, dimension),
+        "steps": length,
         "probes": probes,
         "law": law,
         "deflate": op.shape[0] - dimension,
-        "reorthogonalize": reorthogonalize,
+        "reorthogonalize": full,
         "seed": (seed or 0) if generator is None else "generator",
         "dtype": str(op.dtype).removeprefix("torch."),
         "device": op.device.type,
     }
-    length = min(steps, dimension)
     random = generator_of(generator, seed, op.device)
     state = run(
         lambda: quadrature.first_state(
             op,
             length,
             probes,
-            slots=length if reorthogonalize else 3,
+            slots=length if full else 3,
             law=law,
             deflate=removed,
             generator=random,
         ),
-        lambda state: quadrature.next_state(op, state, deflate=removed, full=reorthogonalize),
+        lambda state: quadrature.next_state(op, state, deflate=removed, full=full),
         state_type=QuadratureState,
         done=lambda state: state.step == length or not state.active,
         report=lambda state: (state.step, length, ""),

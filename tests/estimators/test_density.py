@@ -386,3 +386,14 @@ def test_on_a_gpu() -> None:
     result = density(A, deflate=eigenpairs(A, 10))
     assert result.nodes.device.type == "cpu"
     assert abs(result.trace - float(A.trace())) < 6 * result.trace_stderr
+
+
+def test_large_bases_are_kept_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = matrix(torch.linspace(0.0, 1.0, 40, dtype=F64))
+    kept = density(A, steps=12, probes=2)
+    assert kept.settings["reorthogonalize"] is True
+    monkeypatch.setattr("curvlib.estimators.density.BASIS_BYTES", 12 * 2 * 40 * 8 - 1)
+    cheap = density(A, steps=12, probes=2)
+    assert cheap.settings["reorthogonalize"] is False
+    assert torch.equal(cheap.nodes, density(A, steps=12, probes=2, reorthogonalize=False).nodes)
+    assert density(A, steps=12, probes=2, reorthogonalize=True).settings["reorthogonalize"] is True
