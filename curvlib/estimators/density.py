@@ -259,8 +259,8 @@ def density(
     if dimension == 0:
         raise ValueError("all eigenpairs are deflated: there is no bulk whose density to estimate")
     length = min(steps, dimension)
-    kept = length * probes * op.shape[0] * (torch.finfo(op.dtype).bits // 8)
-    full = kept <= BASIS_BYTES if reorthogonalize is None else reorthogonalize
+    held = length * probes * op.shape[0] * (torch.finfo(op.dtype).bits // 8)
+    full = held <= BASIS_BYTES if reorthogonalize is None else reorthogonalize
     settings = {
         "steps": length,
         "probes": probes,
