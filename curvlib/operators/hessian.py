@@ -41,7 +41,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         risk: Model, loss, data and parameters.
         method: ``"exact"`` (double backward), or ``"finite_difference"`` for models without
             second derivatives: central differences of the gradient, with a step scaled by the
-            norms of vector and parameters (relative error about 1e-4 in float32, 1e-9 in float64).
+            norms of vector and parameters (relative error about 1e-4 in float32, 1e-8 in float64).
         memory: Bytes that kept graphs, and graphs of columns done at once, may take. Data in
             memory (not a ``DataLoader``) is needed for graphs to be kept.
 
