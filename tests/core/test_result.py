@@ -237,3 +237,13 @@ def test_plots_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'curvlib\[plot\]'"):
         axes_or_new(None)
+
+
+def test_classes_of_one_name_are_told_apart_by_their_fields(tmp_path: Path) -> None:
+    def declare(field: str) -> Any:
+        made = type("Twin", (Result,), {"__annotations__": {field: float}})
+        return dataclass(frozen=True, eq=False, repr=False)(made)
+
+    first, second = declare("one"), declare("two")
+    for kind, name in ((first, "one"), (second, "two")):
+        assert type(Result.load(kind(1.5).save(tmp_path / name))) is kind
