@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
