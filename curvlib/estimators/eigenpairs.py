@@ -89,7 +89,9 @@ class Eigenpairs(Result):
         ax.set_xlabel("index")
         ax.set_ylabel("eigenvalue")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.28 * (high - low))  # room for the legend above the stems
+        ax.legend(frameon=False, fontsize="small", loc="upper right")
         return ax
 
     def _legend(self) -> str:
