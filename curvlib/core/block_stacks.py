@@ -7,6 +7,7 @@ like for a range of its blocks, so that operators can work in chunks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from curvlib.core.partition import Partition
 CHUNK = 2**23
 
 
-class Stack:
+class Stack(ABC):
     """Blocks of one size, however they are kept: what :class:`BlockDiagonal` works on.
 
     Ranges ``start, stop`` are of blocks; ``X`` is ``[n, K, b]``, one row for each column. The
@@ -28,37 +29,37 @@ class Stack:
     precision: float
     shared = False
 
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """What the blocks are made of, for fingerprints."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shifted(self, value: float) -> Stack:
         """All blocks plus ``value`` times the identity."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, start: int, stop: int) -> Tensor:
         """Matrices ``[n, b, b]``, a copy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def diagonal(self, start: int, stop: int) -> Tensor:
         """Diagonals ``[n, b]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, X: Tensor, start: int, stop: int) -> Tensor:
         """Products, ``[n, K, b]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def solve(self, X: Tensor, start: int, stop: int, damping: float) -> tuple[Tensor, Tensor]:
         """Solutions ``[n, K, b]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inverse_diagonal(self, start: int, stop: int, damping: float) -> tuple[Tensor, Tensor]:
         """Diagonals of inverses, ``[n, b]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logdet(self, start: int, stop: int, damping: float) -> tuple[Tensor, Tensor]:
         """Logarithms of determinants, ``[n]``."""
-        raise NotImplementedError
 
 
 class MatrixStack(Stack):

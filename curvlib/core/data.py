@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,23 @@ def tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (list, tuple)):
         for item in batch:
             yield from tensors(item)
+
+
+def mapped(
+    batch: Any, on_tensor: Callable[[Tensor], Any], otherwise: Callable[[Any], Any] = lambda x: x
+) -> Any:
+    """A batch of the same nesting, with functions applied to its tensors and to all else.
+
+    Mappings become dictionaries, lists and tuples become tuples.
+    """
+    if isinstance(batch, Tensor):
+        return on_tensor(batch)
+    if is_mapping(batch):
+        names = batch.keys()  # a BatchEncoding iterates over more than keys
+        return {name: mapped(batch[name], on_tensor, otherwise) for name in names}
+    if isinstance(batch, (list, tuple)):
+        return tuple(mapped(item, on_tensor, otherwise) for item in batch)
+    return otherwise(batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

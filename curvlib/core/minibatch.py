@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.data import describe, is_mapping
+from curvlib.core.data import is_mapping, mapped
+from curvlib.core.examples import chosen_examples
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 
@@ -117,42 +118,9 @@ def minibatches(
         for indices, found in zip(chosen, parts, strict=True):
             inside = indices[(indices >= start) & (indices < stop)] - start
             if inside.numel():
-                found.append(take_examples(batch, inside))
+                found.append(chosen_examples(batch, inside).data)
         start = stop
     return [risk.on(_joined(found)) for found in parts]
-
-
-def take_examples(batch: Batch, indices: Tensor) -> Any:
-    """Some examples of a batch, as a batch of the same kind.
-
-    Args:
-        batch: A batch whose tensors all have examples along their first axis.
-        indices: Which, ``[n]``, int64.
-
-    Raises:
-        ValueError: If the batch holds anything else than such tensors.
-    """
-    whole = indices.numel() == batch.examples
-
-    def cut(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            if item.ndim == 0 or item.shape[0] != batch.examples:
-                raise ValueError(
-                    f"batch {batch.index} cannot be split into its {batch.examples} examples: "
-                    f"it holds a tensor of shape {list(item.shape)}; give per-example data along "
-                    "the first axis of every tensor"
-                )
-            return item if whole else item[indices.to(item.device)]
-        if is_mapping(item):
-            return {key: cut(item[key]) for key in item.keys()}  # noqa: SIM118
-        if isinstance(item, (list, tuple)):
-            return tuple(cut(part) for part in item)
-        raise ValueError(
-            f"batch {batch.index} cannot be split into examples: it holds {describe(item)}; "
-            "give batches of tensors"
-        )
-
-    return cut(batch.data)
 
 
 def _joined(parts: Sequence[Any]) -> list[Any]:
@@ -167,13 +135,9 @@ def _cat(parts: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
     if is_mapping(first):
-        return {key: _cat([part[key] for part in parts]) for key in first}
+        return {name: _cat([part[name] for part in parts]) for name in tuple(first.keys())}
     return tuple(_cat([part[i] for part in parts]) for i in range(len(first)))
 
 
 def _shapes(item: Any) -> Any:
-    if isinstance(item, Tensor):
-        return tuple(item.shape[1:]), item.dtype
-    if is_mapping(item):
-        return {key: _shapes(item[key]) for key in item}
-    return [_shapes(part) for part in item]
+    return mapped(item, lambda tensor: (tuple(tensor.shape[1:]), tensor.dtype))

@@ -7,13 +7,11 @@ forward pass, so the example is the sequence: the entry of the batch's first ten
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.data import is_mapping, tensors
-from curvlib.operators.gradients import chosen_examples
+from curvlib.core.data import mapped, tensors
+from curvlib.core.examples import chosen_examples
 
 
 def example_count(batch: Batch) -> int:
@@ -37,14 +35,8 @@ def one_example(batch: Batch, index: int) -> Batch:
     if n == batch.examples:
         return chosen_examples(batch, slice(index, index + 1))
 
-    def cut(item: Any) -> Any:
-        if isinstance(item, Tensor) and item.ndim:
-            each = item.shape[0] // n
-            return item[index * each : (index + 1) * each]
-        if is_mapping(item):
-            return {key: cut(item[key]) for key in item.keys()}  # noqa: SIM118
-        if isinstance(item, (list, tuple)):
-            return tuple(cut(part) for part in item)
-        return item
+    def cut(item: Tensor) -> Tensor:
+        each = item.shape[0] // n if item.ndim else 0
+        return item[index * each : (index + 1) * each] if item.ndim else item
 
-    return Batch(batch.risk, batch.index, cut(batch.data))
+    return Batch(batch.risk, batch.index, mapped(batch.data, cut))

@@ -49,7 +49,7 @@ def first_derivatives(
         found = torch.autograd.grad(value, leaves, allow_unused=True)
     out = []
     for what, leaf, part in zip(("theta", "hyper"), leaves, found, strict=True):
-        g = torch.zeros_like(leaf) if part is None else part  # type: ignore[redundant-expr]
+        g = torch.zeros_like(leaf) if part is None else part  # type: ignore[redundant-expr]  # allow_unused
         if not bool(torch.isfinite(g).all()):
             raise FloatingPointError(
                 f"the gradient of {name} with respect to {what} is not finite at this point"

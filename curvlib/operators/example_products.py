@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.data import is_mapping
-from curvlib.core.minibatch import take_examples
+from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly
@@ -152,11 +151,8 @@ def _stream(risk: Risk, kind: str, block: int) -> Iterator[ExampleProducts]:
         for start in range(0, count, block):
             with risk.untouched():
                 indices = torch.arange(start, min(start + block, count))
-                part = Batch(risk, batch.index, take_examples(batch, indices))
-                ones = [
-                    Batch(risk, batch.index, take_examples(part, torch.tensor([i])))
-                    for i in range(len(indices))
-                ]
+                part = chosen_examples(batch, indices)
+                ones = [chosen_examples(part, slice(i, i + 1)) for i in range(len(indices))]
                 weights = torch.tensor([float(one.weight) for one in ones], dtype=torch.float64)
                 if first:
                     _require_independent(part, ones)
@@ -190,7 +186,7 @@ def _hessian_product(batch: Batch, leaves: dict[str, Tensor]) -> Product | None:
     mean = not (risk.loss.known or risk.loss.reduction == "sum")
 
     def total(values: dict[str, Tensor], example: Any) -> Tensor:
-        one = Batch(risk, batch.index, _unsqueezed(example))
+        one = Batch(risk, batch.index, batch_of_one(example))
         output = risk.call(one.data, values)
         return risk.loss.total(output, one.target, one.weight if mean else 1.0)
 
@@ -211,7 +207,7 @@ def _ggn_product(batch: Batch, leaves: dict[str, Tensor]) -> Product | None:
     risk = batch.risk
 
     def call(values: dict[str, Tensor], example: Any) -> Tensor:
-        output = risk.call(_unsqueezed(example), values)
+        output = risk.call(batch_of_one(example), values)
         if not isinstance(output, Tensor):  # the loop says what to do
             raise TypeError(f"a Gauss-Newton product got {type(output).__name__}")
         return output
@@ -300,21 +296,4 @@ def _require_independent(batch: Batch, ones: list[Batch]) -> None:
                 f"the model or loss takes batches, but not single examples ({error}): examples "
                 "depend on each other; put BatchNorm into eval mode (model.eval())"
             ) from error
-    gap = float(torch.linalg.vector_norm(together - alone))
-    scale = float(torch.linalg.vector_norm(together)) + float(torch.linalg.vector_norm(alone))
-    precision = max(torch.finfo(d).eps for d in risk.space.dtypes)
-    if gap > 100.0 * precision**0.5 * scale:
-        raise ValueError(
-            "gradients of single examples do not add up to that of their batch (relative "
-            f"difference {gap / scale:.2g}): examples depend on each other, or the loss is not "
-            "the mean that it seems; put BatchNorm into eval mode, switch off dropout "
-            "(model.eval()), or see risk.check()"
-        )
-
-
-def _unsqueezed(example: Any) -> Any:
-    if isinstance(example, Tensor):
-        return example.unsqueeze(0)
-    if is_mapping(example):
-        return {key: _unsqueezed(example[key]) for key in example.keys()}  # noqa: SIM118
-    return tuple(_unsqueezed(part) for part in example)
+    require_independent(alone, together, risk)

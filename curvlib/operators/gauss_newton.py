@@ -188,6 +188,7 @@ def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except (NotImplementedError, RuntimeError):
+        # no forward-mode derivative; an error that is the model's own comes again, and is raised
         graph = _pullback_graph(batch)
         if once_differentiable([g for _, g in graph.pullback]):
             raise

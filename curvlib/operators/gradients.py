@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.data import describe, is_mapping
+from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly
 
@@ -92,7 +92,7 @@ def example_gradients(
     """Gradients of a scalar of each example of a batch.
 
     Args:
-        batch: The batch; see :func:`chosen_examples` for some examples of one.
+        batch: The batch: see :func:`~curvlib.core.examples.chosen_examples` for parts of one.
         value: The scalar, of a batch of one example and its output.
         extra: What ``value`` gets besides, examples along its first axis.
         batched: Whether to try ``vmap`` first.
@@ -106,55 +106,13 @@ def example_gradients(
     return _looped_rows(batch, value, extra), False
 
 
-def chosen_examples(batch: Batch, where: slice | Tensor) -> Batch:
-    """The batch of some examples of a batch.
-
-    Raises:
-        ValueError: If a tensor of the batch has no examples along its first axis.
-    """
-
-    def cut(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            if item.ndim == 0 or item.shape[0] != batch.examples:
-                raise ValueError(
-                    f"batch {batch.index} cannot be split into its {batch.examples} examples: "
-                    f"it holds a tensor of shape {list(item.shape)}; give per-example data along "
-                    "the first axis of every tensor, or batches of one example"
-                )
-            return item[where]
-        if is_mapping(item):
-            return {key: cut(item[key]) for key in item.keys()}  # noqa: SIM118
-        if isinstance(item, (list, tuple)):
-            return tuple(cut(part) for part in item)
-        raise ValueError(
-            f"batch {batch.index} cannot be split into examples: it holds {describe(item)}; "
-            "give batches of tensors, or of one example"
-        )
-
-    return Batch(batch.risk, batch.index, cut(batch.data))
-
-
-def require_independent(total: Tensor, expected: Tensor, risk: Risk) -> None:
-    """Raises ValueError unless the sum of examples' gradients is that of their batch."""
-    gap = float(torch.linalg.vector_norm(total - expected))
-    scale = float(torch.linalg.vector_norm(expected)) + float(torch.linalg.vector_norm(total))
-    precision = max(torch.finfo(d).eps for d in risk.space.dtypes)
-    if not gap <= 100.0 * precision**0.5 * scale:
-        raise ValueError(
-            "per-example gradients do not add up to the gradient of the batch "
-            f"(relative difference {gap / scale:.2g}): examples depend on each other, or the loss "
-            "is not the sum or mean that it seems; put BatchNorm into eval mode, switch off "
-            "dropout (model.eval()), or see risk.check()"
-        )
-
-
 def _batched_rows(batch: Batch, value: Value, extra: Tensor | None) -> Tensor | None:
     """Rows by vmap, or ``None`` if the model cannot be followed by it."""
     risk = batch.risk
     params = {n: p.detach() for n, p in risk.params.items()}
 
     def total(values: dict[str, Tensor], example: Any, own: Tensor | None) -> Tensor:
-        one = Batch(risk, batch.index, _unsqueezed(example))
+        one = Batch(risk, batch.index, batch_of_one(example))
         own = None if own is None else own.unsqueeze(0)
         return value(one, risk.call(one.data, values), own)
 
@@ -164,6 +122,8 @@ def _batched_rows(batch: Batch, value: Value, extra: Tensor | None) -> Tensor | 
     try:
         with batched_quietly():
             rows = per_example(params, batch.data, extra)
+    except torch.OutOfMemoryError:
+        raise  # fewer rows at a time are the user's to ask for; one by one would be silently slow
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None  # errors that are the model's own come again in the loop
     return risk.space.join(list(rows.values()), columns=batch.examples).mT
@@ -183,11 +143,3 @@ def _looped_rows(batch: Batch, value: Value, extra: Tensor | None) -> Tensor:
             parts = list(torch.autograd.grad(scalar, params, allow_unused=True))
         risk.space.write(parts, rows[i])
     return rows
-
-
-def _unsqueezed(example: Any) -> Any:
-    if isinstance(example, Tensor):
-        return example.unsqueeze(0)
-    if is_mapping(example):
-        return {key: _unsqueezed(example[key]) for key in example.keys()}  # noqa: SIM118
-    return tuple(_unsqueezed(part) for part in example)

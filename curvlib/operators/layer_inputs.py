@@ -102,7 +102,8 @@ def layer_of(module: nn.Module) -> Layer | None:
     for base, kind in _CONVOLUTIONS.items():
         if isinstance(module, base):
             plain = own is base.forward and _inner(type(module)) is _inner(base)
-            return Layer(kind, shape, int(module.groups)) if plain else None  # type: ignore[arg-type]
+            groups: Any = module.groups  # nn.Module's attributes are tensors or modules to mypy
+            return Layer(kind, shape, int(groups)) if plain else None
     if type(module).__name__ == "Conv1D" and weight.ndim == 2 and hasattr(module, "nf"):
         return Layer("transposed", shape)
     return None

@@ -98,7 +98,7 @@ class _Counter(TorchDispatchMode):
     """Adds up the products that parameters take part in."""
 
     def __init__(self, model: nn.Module, params: dict[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation
         self.products: dict[str, int] = defaultdict(int)
         self.unknown: dict[str, str] = {}
         self.ranges: list[tuple[int, int, str | None]] = []

@@ -63,7 +63,7 @@ def hugging_face_callback(make: Make) -> Any:
             "run: pip install 'curvlib[hf]'"
         ) from error
 
-    class CurvlibCallback(base):  # type: ignore[misc]
+    class CurvlibCallback(base):  # type: ignore[misc]  # a class that is known when called
         """Drives a monitor or learner."""
 
         def __init__(self) -> None:
@@ -116,7 +116,7 @@ def lightning_callback(make: Make) -> Any:
     _require_function(make)
     base: Any = _lightning()
 
-    class CurvlibCallback(base):  # type: ignore[misc]
+    class CurvlibCallback(base):  # type: ignore[misc]  # a class that is known when called
         """Drives a monitor or learner."""
 
         def __init__(self) -> None:

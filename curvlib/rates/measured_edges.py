@@ -302,7 +302,7 @@ class _Trainer:
 
     def train(self, lr: float, batch_size: int, seed: int) -> tuple[float, float]:
         """The highest reading of the loss, and the mean of the last quarter of them."""
-        params: list[nn.Parameter] = list(self.risk.params.values())  # type: ignore[arg-type]
+        params = [p for p in self.risk.params.values() if isinstance(p, nn.Parameter)]
         with torch.no_grad():
             for p, first in zip(params, self._first, strict=True):
                 p.copy_(first)

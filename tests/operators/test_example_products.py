@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlib as cl
-from curvlib.core.minibatch import take_examples
+from curvlib.core.examples import chosen_examples
 from curvlib.operators.example_products import example_products
 from tests.cases import CASES, build
 from tests.problems import columns, error, risk_of, snapshot
@@ -21,7 +21,7 @@ def singles(risk: cl.Risk) -> list[tuple[cl.Risk, float]]:
     out = []
     for batch in risk.batches():
         for i in range(batch.examples):
-            one = risk.on([take_examples(batch, torch.tensor([i]))])
+            one = risk.on([chosen_examples(batch, torch.tensor([i])).data])
             out.append((one, float(next(iter(one.batches())).weight)))
     return out
 
