@@ -1,0 +1,1 @@
+"""Influence functions: which training examples a prediction rests on."""
