@@ -1,0 +1,312 @@
+"""Sophia's rule against a plain re-derivation, and its estimators against exact diagonals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import curvlib as cl
+from curvlib.core.loss import read_loss
+from curvlib.core.random import generator_of
+from curvlib.operators.labels import SampledLabels
+from curvlib.operators.live_fisher import sampled_sum
+from curvlib.optim.rules import sophia as rule
+from tests import models
+
+F64 = torch.float64
+
+
+# ------------------------------------------------------------------------------------- the rule
+def plain(
+    theta: np.ndarray,
+    gradients: list[np.ndarray],
+    estimates: list[np.ndarray | None],
+    *,
+    lr: float,
+    b1: float,
+    b2: float,
+    rho: float,
+    eps: float,
+    decay: float,
+    correct: bool,
+) -> tuple[np.ndarray, list[int]]:
+    """Algorithm 3 of the paper, entry by entry, with how many entries were clipped."""
+    theta = theta.copy()
+    m, h = np.zeros_like(theta), np.zeros_like(theta)
+    count, clipped = 0, []
+    for t, (g, estimate) in enumerate(zip(gradients, estimates, strict=True), 1):
+        hits = 0
+        count += estimate is not None
+        for i in range(theta.size):
+            m[i] = b1 * m[i] + (1 - b1) * g[i]
+            if estimate is not None:
+                h[i] = b2 * h[i] + (1 - b2) * estimate[i]
+            mi = m[i] / (1 - b1**t) if correct else m[i]
+            hi = h[i] / (1 - b2**count) if correct and count else h[i]
+            ratio = mi / max(rho * hi, eps)
+            hits += abs(ratio) >= 1
+            theta[i] = theta[i] * (1 - lr * decay) - lr * min(max(ratio, -1.0), 1.0)
+        clipped.append(hits)
+    return theta, clipped
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    interval=st.integers(1, 4),
+    b1=st.sampled_from([0.0, 0.5, 0.96]),
+    b2=st.sampled_from([0.0, 0.9, 0.99]),
+    rho=st.sampled_from([0.01, 0.3, 4.0]),
+    decay=st.sampled_from([0.0, 0.1]),
+    correct=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_rule_is_the_papers_step_for_step(
+    seed: int, interval: int, b1: float, b2: float, rho: float, decay: float, correct: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    gradients = [rng.normal(size=5) for _ in range(12)]
+    estimates = [rng.normal(size=5) + 0.5 if t % interval == 0 else None for t in range(12)]
+    start = rng.normal(size=5)
+    expected, hits = plain(
+        start,
+        gradients,
+        estimates,
+        lr=0.05,
+        b1=b1,
+        b2=b2,
+        rho=rho,
+        eps=1e-12,
+        decay=decay,
+        correct=correct,
+    )
+    p = torch.from_numpy(start).clone()
+    state, updates = rule.init(p), 0
+    for t, (g, h) in enumerate(zip(gradients, estimates, strict=True), 1):
+        updates += h is not None
+        step = rule.update(
+            p,
+            torch.from_numpy(g),
+            state,
+            None if h is None else torch.from_numpy(h),
+            lr=0.05,
+            betas=(b1, b2),
+            rho=rho,
+            eps=1e-12,
+            weight_decay=decay,
+            correct_bias=correct,
+            steps=t,
+            curvature_updates=updates,
+        )
+        assert int(step.clipped) == hits[t - 1]
+        p, state = p + step.change, step.state
+    np.testing.assert_allclose(p.numpy(), expected, rtol=0, atol=1e-13)
+
+
+def test_corrected_curvature_is_unbiased_at_every_interval() -> None:
+    """A constant diagonal is known after the first update, whatever the interval between them."""
+    p, h = torch.zeros(3, dtype=F64), torch.tensor([0.5, 2.0, 8.0], dtype=F64)
+    state, updates = rule.init(p), 0
+    for t in range(1, 26):
+        estimate = h if t % 10 == 1 else None
+        updates += estimate is not None
+        step = rule.update(
+            p,
+            torch.full_like(p, 1e-3),
+            state,
+            estimate,
+            lr=1.0,
+            betas=(0.9, 0.99),
+            rho=1.0,
+            eps=1e-12,
+            weight_decay=0.0,
+            correct_bias=True,
+            steps=t,
+            curvature_updates=updates,
+        )
+        state = step.state
+        torch.testing.assert_close(step.change, -1e-3 / h, rtol=1e-12, atol=0)
+
+
+def test_rule_leaves_its_arguments_and_keeps_half_precision_states_wide() -> None:
+    p, g = torch.ones(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)
+    state = rule.init(p)
+    assert state.momentum.dtype == state.curvature.dtype == torch.float32
+    step = rule.update(
+        p, g, state, g, lr=0.1, betas=(0.9, 0.9), rho=1.0, eps=1e-12, weight_decay=0.1
+    )
+    assert step.change.dtype == torch.float32
+    assert torch.equal(p, torch.ones_like(p))
+    assert not state.momentum.any()
+    assert not state.curvature.any()
+
+
+# ------------------------------------------------------- Gauss-Newton-Bartlett, by Monte Carlo
+def check_unbiased(
+    model: nn.Module, loss: Any, x: Tensor, y: Tensor, *, draws: int = 4000
+) -> tuple[Tensor, Tensor]:
+    """The mean of ``h`` over draws is within its standard errors of diag(GGN); returns both."""
+    model = model.double()
+    exact = cl.ggn(cl.Risk(model, loss, (x, y))).to_dense().diagonal()
+    params = list(model.parameters())
+    labels = SampledLabels(1, generator_of(None, 3))
+    known = read_loss(loss)
+    output = model(x)
+    total, squares = torch.zeros_like(exact), torch.zeros_like(exact)
+    for _ in range(draws):
+        found = sampled_sum(known, output, y, params, labels.uniform)
+        u = torch.cat([p.reshape(-1) for p in found.parts])
+        h = u.square() / found.weight
+        total += h
+        squares += h.square()
+    mean = total / draws
+    stderr = ((squares / draws - mean.square()) / (draws - 1)).sqrt()
+    z = (mean - exact) / stderr.clamp(min=1e-15)
+    assert float(z.abs().max()) < 4.5, z  # of a few dozen entries
+    assert float(z.square().mean()) < 2.0
+    assert float(stderr.median()) < 0.05 * float(exact.max())  # the test can fail
+    return mean, exact
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def data(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def labels_of(*shape: int, classes: int = 3, seed: int = 2) -> Tensor:
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_unbiased_for_classes() -> None:
+    check_unbiased(classifier(), nn.CrossEntropyLoss(), data(6, 3), labels_of(6))
+
+
+def test_unbiased_for_weighted_and_smoothed_classes() -> None:
+    loss = nn.CrossEntropyLoss(
+        weight=torch.tensor([0.2, 1.0, 3.0], dtype=F64), label_smoothing=0.1, ignore_index=2
+    )
+    check_unbiased(classifier(), loss, data(6, 3), labels_of(6))
+
+
+class Tokens(nn.Module):
+    """Logits ``[N, V, T]`` of a small causal network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.mix = nn.GRU(3, 3, batch_first=True)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(tokens))[0]).transpose(1, 2)
+
+
+def test_unbiased_for_tokens_of_which_some_are_ignored() -> None:
+    torch.manual_seed(0)
+    x = labels_of(4, 6, classes=5)
+    y = labels_of(4, 6, classes=5, seed=3)
+    y[0, 2:], y[2, :5] = -100, -100  # 15 of 24 count
+    mean, exact = check_unbiased(Tokens(), nn.CrossEntropyLoss(), x, y)
+    factor = float(mean.sum() / exact.sum())
+    assert abs(factor - 1.0) < 0.05, factor  # neither examples (4/15) nor all tokens (24/15)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_unbiased_for_regression_and_binary_targets(reduction: str) -> None:
+    x = data(5, 3)
+    check_unbiased(classifier(), nn.MSELoss(reduction=reduction), x, data(5, 3, seed=5))
+    loss = nn.BCEWithLogitsLoss(
+        pos_weight=torch.tensor([2.0, 0.5, 1.0], dtype=F64), reduction=reduction
+    )
+    check_unbiased(classifier(), loss, x, data(5, 3, seed=5).sign().clamp(min=0))
+
+
+def test_unbiased_for_log_probabilities() -> None:
+    model = models.log_probabilities(classifier())
+    check_unbiased(model, nn.NLLLoss(), data(6, 3), labels_of(6))
+
+
+def test_without_weights_it_is_the_squared_gradient_of_the_mean_sampled_loss() -> None:
+    """h = W g * g with the gradient of cross-entropy at the drawn labels, found by autograd."""
+    model, x = classifier().double(), data(7, 3)
+    y = labels_of(7)
+    y[3] = -100
+    output = model(x)
+    uniform = SampledLabels(1, generator_of(None, 0)).uniform
+    found = sampled_sum(
+        read_loss(nn.CrossEntropyLoss()), output, y, list(model.parameters()), uniform
+    )
+    numbers = SampledLabels(1, generator_of(None, 0)).uniform(torch.Size([7]))[0]
+    drawn = (output.softmax(1).cumsum(1) <= numbers[:, None]).sum(1).where(y != -100, -100)
+    mean = F.cross_entropy(output, drawn)
+    g = torch.autograd.grad(mean, list(model.parameters()))
+    assert float(found.weight) == 6.0
+    for u, part in zip(found.parts, g, strict=True):
+        torch.testing.assert_close(u.square() / found.weight, 6.0 * part.square())
+
+
+def test_sums_add_up_over_micro_batches() -> None:
+    model, x, y = classifier().double(), data(8, 3), labels_of(8)
+    params = list(model.parameters())
+    loss = read_loss(nn.CrossEntropyLoss())
+    whole = sampled_sum(loss, model(x), y, params, SampledLabels(1, generator_of(None, 4)).uniform)
+    labels = SampledLabels(1, generator_of(None, 4))
+    parts = [
+        sampled_sum(loss, model(x[at]), y[at], params, labels.uniform)
+        for at in (slice(0, 3), slice(3, 8))
+    ]
+    for i, u in enumerate(whole.parts):
+        torch.testing.assert_close(parts[0].parts[i] + parts[1].parts[i], u)
+    assert float(parts[0].weight + parts[1].weight) == float(whole.weight)
+
+
+def test_half_precision_does_not_underflow() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(512, 4), labels_of(512)
+    wide, half = model(x), None
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+    assert half.dtype == torch.bfloat16
+    loss = read_loss(nn.CrossEntropyLoss())
+    params = list(model.parameters())
+    found = [
+        sampled_sum(loss, out, y, params, SampledLabels(1, generator_of(None, 1)).uniform)
+        for out in (wide, half)
+    ]
+    for a, b in zip(found[0].parts, found[1].parts, strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.05 * float(a.abs().max()))
+
+
+def test_outputs_that_are_not_finite_are_passed_on() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LogSoftmax(1))
+    output = model(torch.full((2, 2), math.nan))
+    uniform = SampledLabels(1, generator_of(None, 1)).uniform
+    found = sampled_sum(
+        read_loss(nn.NLLLoss()), output, labels_of(2), list(model.parameters()), uniform
+    )
+    assert all(part.isnan().any() for part in found.parts)
+
+
+def test_outputs_without_a_graph_and_freed_graphs_are_named() -> None:
+    model, y = classifier(), labels_of(2)
+    loss, params = read_loss(nn.CrossEntropyLoss()), list(model.parameters())
+    uniform = SampledLabels(1, generator_of(None, 1)).uniform
+    output = model(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="has no graph: it was detached"):
+        sampled_sum(loss, output.detach(), y, params, uniform)
+    F.cross_entropy(output, y).backward()
+    with pytest.raises(RuntimeError, match=r"freed by a backward pass.*opt\.backward"):
+        sampled_sum(loss, output, y, params, uniform)
