@@ -31,12 +31,27 @@ def one_example(batch: Batch, index: int) -> Batch:
     Raises:
         ValueError: If a tensor of the batch has no examples along its first axis.
     """
+    return some_examples(batch, slice(index, index + 1))
+
+
+def some_examples(batch: Batch, where: slice | Tensor) -> Batch:
+    """The batch of some examples, with all of their rows.
+
+    Args:
+        batch: The batch.
+        where: Which: a slice, or indices ``[n]``, int64, on any device.
+
+    Raises:
+        ValueError: If a tensor of the batch has no examples along its first axis.
+    """
     n = example_count(batch)
     if n == batch.examples:
-        return chosen_examples(batch, slice(index, index + 1))
+        return chosen_examples(batch, where)
 
     def cut(item: Tensor) -> Tensor:
-        each = item.shape[0] // n if item.ndim else 0
-        return item[index * each : (index + 1) * each] if item.ndim else item
+        if not item.ndim:
+            return item
+        chosen = where if isinstance(where, slice) else where.to(item.device)
+        return item.unflatten(0, (n, -1))[chosen].flatten(0, 1)
 
     return Batch(batch.risk, batch.index, mapped(batch.data, cut))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from curvlib.operators.kfac_sums import (
     factor_sums,
 )
 from curvlib.operators.kfac_targets import Direction, directions
+from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass, Watcher
 from curvlib.operators.row_masks import Mask
 
@@ -178,7 +178,7 @@ class Fit:
         found = Sums(sums, dict(state.counts))
         try:
             for one in self._watcher.passes(batch):
-                _require_finite([use.x for use in one.uses], one, "inputs")
+                require_finite([use.x for use in one.uses], one, "inputs")
                 if state.phase == _FACTORS:
                     self._add_factors(state, one, found)
                 else:
@@ -212,7 +212,7 @@ class Fit:
             add_inputs(layer, one, sums, reduce=reduce)
         for k, direction in enumerate(self._directions(state, one)):
             gradients = one.gradients(direction)
-            _require_finite(gradients, one, "gradients at the outputs")
+            require_finite(gradients, one, "gradients at the outputs")
             for layer in layers:
                 add_gradients(layer, one, gradients, sums, reduce=reduce, first=k == 0)
         one.require_unchanged()
@@ -354,22 +354,3 @@ def rest_blocks(fit: Fit, state: FitState) -> list[KroneckerBlock]:
 
 def _basis(state: FitState, name: str) -> Basis:
     return state.bases.get(f"{name}|left"), state.bases.get(f"{name}|right")
-
-
-def _require_finite(tensors: Sequence[Tensor | None], one: Pass, what: str) -> None:
-    """Raises FloatingPointError naming the first layer whose tensor is not finite."""
-    found = [
-        (use.layer, tensor.detach().abs().amax().double())
-        for use, tensor in zip(one.uses, tensors, strict=True)
-        if tensor is not None and tensor.numel() and tensor.is_floating_point()
-    ]
-    if not found:
-        return
-    sizes = torch.stack([size for _, size in found]).tolist()
-    for (name, _), size in zip(found, sizes, strict=True):
-        if not math.isfinite(size):
-            raise FloatingPointError(
-                f"the {what} of layer {name!r} are not finite at batch {one.batch.index}; look at "
-                "the data and the layers before it (after it, for gradients), or use a higher "
-                "precision"
-            )
