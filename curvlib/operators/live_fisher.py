@@ -1,27 +1,24 @@
-r"""A sampled Gauss-Newton diagonal from the graph of one forward pass (Gauss-Newton-Bartlett).
+r"""A random root of the Gauss-Newton matrix from the graph of one forward pass.
 
 For a mean :math:`\frac1W \sum_t a_t \ell_t` over loss terms with scores :math:`s_t` of targets that
 are drawn from the model's own prediction (:mod:`curvlib.operators.labels`), let
 
-.. math:: u = \sum_t \sqrt{a_t}\, J_t^\top s_t , \qquad
-          \hat h = \frac1W \, u \odot u .
+.. math:: v = \frac{1}{\sqrt W} \sum_t \sqrt{a_t}\, J_t^\top s_t .
 
 Scores are independent of one another, with :math:`E\, s_t = 0` (Bartlett's first identity) and
-:math:`E\, s_t s_t^\top = \nabla^2_f \ell_t`, so that :math:`E\, u u^\top = \sum_t a_t J_t^\top
-\nabla^2_f \ell_t J_t` and :math:`\hat h` is unbiased for the diagonal of the GGN. Without class
-weights, :math:`u / W` is the gradient :math:`g_s` of the mean sampled loss, and
-:math:`\hat h = W g_s \odot g_s`: the batch factor is the number of loss terms (tokens that are not
-ignored), not of examples.
+:math:`E\, s_t s_t^\top = \nabla^2_f \ell_t`, so that :math:`E\, v v^\top` is the GGN of the mean,
+and :math:`v \odot v` is unbiased for its diagonal (the Gauss-Newton-Bartlett estimate of Sophia).
+Without class weights :math:`v = \sqrt W g_s` with the gradient :math:`g_s` of the mean sampled
+loss, so that :math:`v \odot v = W g_s \odot g_s`: the batch factor is the number of loss terms
+(of tokens that are not ignored), not of examples.
 
-``u`` and ``W`` add up over micro-batches and over processes; the squares of the parts do not give
-the same (they are unbiased too, and noisier or not as the case may be). That costs one backward
-pass, and no second derivative.
+Roots of independent batches add up: for the mean of ``k`` batch losses, :math:`\sum_j v_j /
+\sqrt k` is a root. It costs one backward pass, and no second derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,39 +29,29 @@ from curvlib.operators.labels import label_scores
 from curvlib.operators.loss_hessian import term_weights
 
 
-@dataclass(frozen=True, eq=False)
-class SampledSum:
-    """A gradient of a sum over sampled loss terms.
-
-    Attributes:
-        parts: :math:`u`, one tensor for each parameter; ``None`` where the output does not depend
-            on it.
-        weight: :math:`W`, a float64 scalar; 1 for ``reduction="sum"``.
-    """
-
-    parts: list[Tensor | None]
-    weight: Tensor
-
-
-def sampled_sum(
+def sampled_root(
     loss: Loss,
     output: Tensor,
     target: Tensor,
     params: Sequence[Tensor],
     uniform: Callable[[torch.Size], Tensor],
-) -> SampledSum:
-    """The gradient of a sum of loss terms at targets that the model's output draws.
+) -> list[Tensor | None]:
+    """A random vector whose outer product has the batch's GGN as its expectation.
 
-    The graph is kept, and the loss scale of mixed precision plays no part: cotangents are
-    normalized, so that half precision neither overflows nor underflows.
+    The graph is kept. The loss scale of mixed precision plays no part: cotangents are normalized,
+    so that half precision neither overflows nor underflows.
 
     Args:
         loss: One of the losses that curvlib knows.
         output: What the model returned, with its graph.
         target: What the loss compares it with; only which terms count, and how much, is read.
         params: Parameters.
-        uniform: Returns numbers in (0, 1) of shape ``[1, *shape]`` for a shape: see
+        uniform: Returns numbers in (0, 1) of shape ``[1, *shape]`` for a shape, examples first: see
             :meth:`curvlib.operators.labels.SampledLabels.uniform`.
+
+    Returns:
+        One tensor for each parameter, in its shape; ``None`` where the output does not depend on
+        it.
 
     Raises:
         TypeError: If output or target are no tensors.
@@ -79,9 +66,12 @@ def sampled_sum(
         >>> x, y = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
         >>> labels = SampledLabels(1, torch.Generator().manual_seed(0))
         >>> loss = read_loss(torch.nn.CrossEntropyLoss())
-        >>> found = sampled_sum(loss, model(x), y, list(model.parameters()), labels.uniform)
-        >>> [tuple(part.shape) for part in found.parts], float(found.weight)
-        ([(3, 2), (3,)], 4.0)
+        >>> root = sampled_root(loss, model(x), y, list(model.parameters()), labels.uniform)
+        >>> [tuple(part.shape) for part in root]
+        [(3, 2), (3,)]
+
+    Source:
+        H. Liu et al., *Sophia*, ICLR 2024, algorithm 2.
     """
     readable = loss.readable(output, target)
     if not output.requires_grad:
@@ -90,16 +80,7 @@ def sampled_sum(
             "torch.no_grad(); pass what the model returned"
         )
     with torch.no_grad():
-        weight = torch.as_tensor(
-            1.0 if loss.reduction == "sum" else loss.terms(target), dtype=torch.float64
-        )
-        unit = weight.clamp(min=1.0).sqrt().to(output.device)
-        if bool(torch.isfinite(readable).all()):
-            score = label_scores(loss, readable.detach(), uniform)[0]
-            score = score * term_weights(loss, readable, target).sqrt() / unit
-        else:  # there is nothing to draw from: the caller sees what is not finite
-            uniform(readable.shape)
-            score = torch.full_like(readable, torch.nan)
+        score = _score(loss, readable.detach(), target, uniform)
     try:
         parts = torch.autograd.grad(
             [output],
@@ -116,9 +97,23 @@ def sampled_sum(
             "call opt.backward(loss, output, target) instead of loss.backward(), or "
             "opt.observe(loss, output, target) before it"
         ) from error
-    return SampledSum([None if part is None else _wide(part) * unit for part in parts], weight)
+    return [None if part is None else _wide(part) for part in parts]
+
+
+def _score(
+    loss: Loss, output: Tensor, target: Tensor, uniform: Callable[[torch.Size], Tensor]
+) -> Tensor:
+    """The cotangent of the output."""
+    if not bool(torch.isfinite(output).all()):  # nothing to draw from: the caller sees it
+        return torch.full_like(output, torch.nan)
+    score = label_scores(loss, output, uniform)[0]
+    score *= term_weights(loss, output, target).sqrt()
+    if loss.reduction == "sum":
+        return score
+    weight = torch.as_tensor(loss.terms(target), dtype=torch.float64, device=output.device)
+    return score / weight.where(weight > 0.0, 1.0).sqrt()
 
 
 def _wide(part: Tensor) -> Tensor:
-    part = part.to_dense() if part.is_sparse else part
+    part = part.to_dense() if part.layout != torch.strided else part
     return part if part.dtype == torch.float64 else part.float()

@@ -17,7 +17,7 @@ import curvlib as cl
 from curvlib.core.loss import read_loss
 from curvlib.core.random import generator_of
 from curvlib.operators.labels import SampledLabels
-from curvlib.operators.live_fisher import sampled_sum
+from curvlib.operators.live_fisher import sampled_root
 from curvlib.optim.rules import sophia as rule
 from tests import models
 
@@ -161,9 +161,8 @@ def check_unbiased(
     output = model(x)
     total, squares = torch.zeros_like(exact), torch.zeros_like(exact)
     for _ in range(draws):
-        found = sampled_sum(known, output, y, params, labels.uniform)
-        u = torch.cat([p.reshape(-1) for p in found.parts])
-        h = u.square() / found.weight
+        found = sampled_root(known, output, y, params, labels.uniform)
+        h = torch.cat([p.reshape(-1) for p in found]).square()
         total += h
         squares += h.square()
     mean = total / draws
@@ -244,31 +243,41 @@ def test_without_weights_it_is_the_squared_gradient_of_the_mean_sampled_loss() -
     y[3] = -100
     output = model(x)
     uniform = SampledLabels(1, generator_of(None, 0)).uniform
-    found = sampled_sum(
+    found = sampled_root(
         read_loss(nn.CrossEntropyLoss()), output, y, list(model.parameters()), uniform
     )
     numbers = SampledLabels(1, generator_of(None, 0)).uniform(torch.Size([7]))[0]
     drawn = (output.softmax(1).cumsum(1) <= numbers[:, None]).sum(1).where(y != -100, -100)
     mean = F.cross_entropy(output, drawn)
     g = torch.autograd.grad(mean, list(model.parameters()))
-    assert float(found.weight) == 6.0
-    for u, part in zip(found.parts, g, strict=True):
-        torch.testing.assert_close(u.square() / found.weight, 6.0 * part.square())
+    for v, part in zip(found, g, strict=True):
+        torch.testing.assert_close(v.square(), 6.0 * part.square())
 
 
-def test_sums_add_up_over_micro_batches() -> None:
+def test_roots_add_up_over_micro_batches() -> None:
     model, x, y = classifier().double(), data(8, 3), labels_of(8)
     params = list(model.parameters())
     loss = read_loss(nn.CrossEntropyLoss())
-    whole = sampled_sum(loss, model(x), y, params, SampledLabels(1, generator_of(None, 4)).uniform)
+    whole = sampled_root(loss, model(x), y, params, SampledLabels(1, generator_of(None, 4)).uniform)
     labels = SampledLabels(1, generator_of(None, 4))
     parts = [
-        sampled_sum(loss, model(x[at]), y[at], params, labels.uniform)
-        for at in (slice(0, 3), slice(3, 8))
+        sampled_root(loss, model(x[at]), y[at], params, labels.uniform)
+        for at in (slice(0, 4), slice(4, 8))
     ]
-    for i, u in enumerate(whole.parts):
-        torch.testing.assert_close(parts[0].parts[i] + parts[1].parts[i], u)
-    assert float(parts[0].weight + parts[1].weight) == float(whole.weight)
+    for a, b, v in zip(*parts, whole, strict=True):
+        torch.testing.assert_close((a + b) / math.sqrt(2.0), v)
+
+
+def test_batches_without_any_term_have_a_root_of_zero() -> None:
+    model = classifier()
+    root = sampled_root(
+        read_loss(nn.CrossEntropyLoss()),
+        model(torch.ones(2, 3)),
+        torch.tensor([-100, -100]),
+        list(model.parameters()),
+        SampledLabels(1, generator_of(None, 1)).uniform,
+    )
+    assert all(not part.any() for part in root)
 
 
 def test_half_precision_does_not_underflow() -> None:
@@ -282,10 +291,10 @@ def test_half_precision_does_not_underflow() -> None:
     loss = read_loss(nn.CrossEntropyLoss())
     params = list(model.parameters())
     found = [
-        sampled_sum(loss, out, y, params, SampledLabels(1, generator_of(None, 1)).uniform)
+        sampled_root(loss, out, y, params, SampledLabels(1, generator_of(None, 1)).uniform)
         for out in (wide, half)
     ]
-    for a, b in zip(found[0].parts, found[1].parts, strict=True):
+    for a, b in zip(*found, strict=True):
         assert b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.05 * float(a.abs().max()))
 
@@ -294,10 +303,10 @@ def test_outputs_that_are_not_finite_are_passed_on() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LogSoftmax(1))
     output = model(torch.full((2, 2), math.nan))
     uniform = SampledLabels(1, generator_of(None, 1)).uniform
-    found = sampled_sum(
+    found = sampled_root(
         read_loss(nn.NLLLoss()), output, labels_of(2), list(model.parameters()), uniform
     )
-    assert all(part.isnan().any() for part in found.parts)
+    assert all(part.isnan().any() for part in found)
 
 
 def test_outputs_without_a_graph_and_freed_graphs_are_named() -> None:
@@ -306,7 +315,7 @@ def test_outputs_without_a_graph_and_freed_graphs_are_named() -> None:
     uniform = SampledLabels(1, generator_of(None, 1)).uniform
     output = model(torch.ones(2, 3))
     with pytest.raises(ValueError, match="has no graph: it was detached"):
-        sampled_sum(loss, output.detach(), y, params, uniform)
+        sampled_root(loss, output.detach(), y, params, uniform)
     F.cross_entropy(output, y).backward()
     with pytest.raises(RuntimeError, match=r"freed by a backward pass.*opt\.backward"):
-        sampled_sum(loss, output, y, params, uniform)
+        sampled_root(loss, output, y, params, uniform)
