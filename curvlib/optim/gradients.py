@@ -1,0 +1,99 @@
+"""Parameters and gradients as optimizers meet them: checked, made dense, accumulated, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def listed(params: Any) -> list[Any]:
+    """Members of a parameter group, whose one member may stand for itself."""
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def require_parameters(members: list[Any], known: set[int]) -> None:
+    """Requires real floating-point tensors, each of them once.
+
+    Args:
+        members: What a user passed: tensors, or pairs of a name and a tensor.
+        known: ``id`` of parameters that are there already; grows.
+
+    Raises:
+        TypeError: If one is an integer or complex tensor.
+        ValueError: If one is there twice.
+    """
+    for i, member in enumerate(members):
+        p = member[1] if isinstance(member, tuple) else member
+        if not isinstance(p, Tensor):
+            continue  # about which PyTorch complains itself
+        if not p.is_floating_point():
+            raise TypeError(
+                f"parameters are real floating-point tensors, but parameter {i} of the group is "
+                f"{p.dtype}; leave it out, or split it into real and imaginary parts"
+            )
+        if id(p) in known:
+            raise ValueError(
+                f"parameter {i} of the group is in the optimizer already; list each one once"
+            )
+        known.add(id(p))
+
+
+def positive_scale(scale: float) -> float:
+    """What a loss was multiplied by.
+
+    Raises:
+        ValueError: If it is no positive, finite number.
+    """
+    value = float(scale)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"scale= is a positive number, got {value}; pass scaler.get_scale()")
+    return value
+
+
+def versions(parameters: Iterable[tuple[int, Tensor, Any]]) -> dict[int, tuple[Tensor, int]]:
+    """The gradients in ``.grad`` and their versions, by identity."""
+    grads = [p.grad for _, p, _ in parameters]
+    return {id(g): (g, g._version) for g in grads if g is not None}
+
+
+def accumulated(
+    before: dict[int, tuple[Tensor, int]], after: dict[int, tuple[Tensor, int]]
+) -> bool:
+    """Whether a backward pass added to ``.grad``; setting gradients to zero is none."""
+    for key, (grad, version) in after.items():
+        if key not in before or (before[key][1] != version and bool(grad.any())):
+            return True
+    return False
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A sparse tensor as a dense one."""
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def accumulate(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Adds to ``.grad``; first gradients are copied, since several may share memory."""
+    for p, g in zip(params, gradients, strict=True):
+        if g is None:
+            continue
+        if p.grad is None:
+            p.grad = torch.empty_like(p).copy_(g)
+        elif p.grad.layout == torch.strided:
+            p.grad.add_(g)
+        else:
+            p.grad = g + p.grad
+
+
+def finite(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all numbers are finite; the device is waited for once."""
+    flags = [
+        torch.linalg.vector_norm(t, float("inf")).isfinite()
+        for t in tensors
+        if t is not None and t.numel()
+    ]
+    if not flags:
+        return True
+    return bool(torch.stack([f.to(flags[0].device) for f in flags]).all())

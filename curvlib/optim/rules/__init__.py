@@ -1,0 +1,1 @@
+"""Update rules: pure functions on tensors, which know no network and no optimizer."""

@@ -1,0 +1,390 @@
+r"""The shell that curvature optimizers share: everything but their update rule.
+
+A method is a subclass with four hooks (one level of inheritance):
+
+``_check(group)``
+    raises for the hyper-parameters of a group; called for each group, also later ones.
+``_due()``
+    whether the coming step reads curvature. Default: never.
+``_observe(loss, scale)``
+    gathers curvature of one (micro-batch) loss: adds it to ``self.pending[name]``, which must be
+    additive over micro-batches, and returns the gradients of ``loss`` (one entry for each
+    parameter of ``self.trainable()``) if they came with it. ``loss`` is multiplied by ``scale``
+    (of a ``GradScaler``): curvature is divided by it, returned gradients are not. Pending tensors
+    are summed over ranks, so a mean over ranks divides by ``self.replicas``. The graph of ``loss``
+    must survive if no gradients are returned, or if ``self.keep_graph`` is set.
+``_update(gradients)``
+    the step, for finite gradients (a list for each group, ``None`` where absent, dense, negated
+    for groups with ``maximize``) and finite ``self.pending`` (empty if there was none). It
+    computes first and writes then; it returns ``False`` if it changed nothing because a result
+    was not finite. While it runs, ``self.clock`` still counts the steps before this one.
+
+Also, as needed: ``_extra_state()`` and ``_load_extra_state(state)`` for what belongs to no
+parameter; ``_missing()`` for the error when a step is due without any curvature yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from curvlib.operators.live_loss import accumulate_gradient, require_live
+from curvlib.optim.arguments import flag
+from curvlib.optim.gradients import (
+    accumulate,
+    accumulated,
+    dense,
+    finite,
+    listed,
+    positive_scale,
+    require_parameters,
+    versions,
+)
+from curvlib.optim.persistence import record, require_own, restored
+from curvlib.optim.replicas import average_gradients, size_of, sum_over_ranks
+
+Gradients = list[list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What an optimizer has done so far; skipped steps do not count.
+
+    Attributes:
+        steps: Steps taken.
+        curvature_updates: Steps that took curvature in.
+        age: Steps since curvature was last taken in, counting that one; ``None`` before the first
+            time, and after a parameter group was added.
+    """
+
+    steps: int = 0
+    curvature_updates: int = 0
+    age: int | None = None
+
+    def due(self, interval: int) -> bool:
+        """Whether a step that takes curvature in every ``interval`` steps does so next."""
+        return self.age is None or self.age >= interval
+
+    def ticked(self, curvature: bool) -> Clock:
+        """The clock after a step."""
+        age = 1 if curvature else None if self.age is None else self.age + 1
+        return Clock(self.steps + 1, self.curvature_updates + curvature, age)
+
+
+class CurvatureOptimizer(Optimizer):
+    """What all optimizers of curvlib do alike: see their classes.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as in ``torch.optim``.
+        defaults: Hyper-parameters of groups that have none of their own.
+        seed: Of all random numbers.
+        process_group: Replicas of data-parallel training; the default group if
+            ``torch.distributed`` is initialized.
+
+    Attributes:
+        clock: Steps and curvature updates so far.
+        skipped: Steps that were skipped since a gradient or curvature was not finite.
+        pending: Curvature that was gathered for the coming step.
+        keep_graph: Whether the loss that is observed goes through ``backward`` afterwards.
+
+    Raises:
+        TypeError: If parameters are no real floating-point tensors.
+        ValueError: If there are none, if one is there twice, or for bad hyper-parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed= is an int, got {type(seed).__name__}")
+        self.seed = seed
+        self.process_group = process_group
+        self.clock = Clock()
+        self.skipped = 0
+        self.pending: dict[str, Tensor] = {}
+        self.keep_graph = False
+        self._backwards = 0
+        if not isinstance(params, Tensor):  # about which PyTorch complains itself
+            params = list(params)
+            groups = [p for p in params if isinstance(p, dict)]
+            if not groups:
+                empty = not params
+            else:
+                empty = not any(listed(g.get("params", ())) for g in groups)
+            if empty:
+                raise ValueError(
+                    f"{type(self).__name__} got no parameters; pass model.parameters(), or groups "
+                    "of which one has some"
+                )
+        super().__init__(params, {"maximize": False, **defaults})
+
+    # ------------------------------------------------------------------ hooks of methods
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises for bad hyper-parameters of a group."""
+
+    def _due(self) -> bool:
+        """Whether the coming step reads curvature."""
+        return False
+
+    def _observe(self, loss: Tensor, scale: float) -> list[Tensor | None] | None:
+        """Adds curvature of a loss to ``self.pending``; the gradients, if they came with it."""
+        raise NotImplementedError
+
+    def _update(self, gradients: Gradients) -> bool | None:
+        """The step; ``False`` if nothing changed since a result was not finite."""
+        raise NotImplementedError
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What the method keeps besides the state of parameters: plain values and tensors."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes back what ``_extra_state`` returned; raises before it changes anything."""
+
+    def _missing(self) -> None:
+        """Raises since a step is due that has no curvature yet."""
+        raise RuntimeError(
+            f"{type(self).__name__} has no curvature yet, since gradients came from a plain "
+            "loss.backward(); use opt.step(lambda: loss), or opt.backward(loss) in place of "
+            "loss.backward(), or opt.observe(loss) before it"
+        )
+
+    # ----------------------------------------------------------------------- parameters
+    def parameters(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """All parameters with their number and group."""
+        number = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield number, p, group
+                number += 1
+
+    def trainable(self) -> list[tuple[int, Tensor, dict[str, Any]]]:
+        """Parameters that require gradients, with their number and group."""
+        return [(i, p, group) for i, p, group in self.parameters() if p.requires_grad]
+
+    @property
+    def replicas(self) -> int:
+        """How many data-parallel processes train together."""
+        return size_of(self.process_group)
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step reads curvature: ``backward`` then costs more."""
+        return self._due()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in ``torch.optim``; curvature is due at the next step.
+
+        Raises:
+            TypeError: If parameters are no real floating-point tensors.
+            ValueError: If one is there already, or for bad hyper-parameters.
+        """
+        if "params" in param_group:
+            members = listed(param_group["params"])
+            param_group = {**param_group, "params": members}
+            require_parameters(members, {id(p) for _, p, _ in self.parameters()})
+        super().add_param_group(param_group)
+        try:
+            flag(self.param_groups[-1], "maximize")
+            self._check(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self.clock = replace(self.clock, age=None)
+
+    # ------------------------------------------------------------------- loss and step
+    def observe(self, loss: Tensor, scale: float = 1.0) -> None:
+        """Gathers curvature if it is due, for loops that call ``loss.backward()`` afterwards.
+
+        Args:
+            loss: The loss of one (micro-)batch, with its graph, which is kept.
+            scale: What the loss was multiplied by (``scaler.get_scale()``).
+
+        Raises:
+            TypeError: If the loss is no tensor.
+            ValueError: If it is no scalar or has no graph.
+            RuntimeError: If it has no second derivative, where the method needs one.
+        """
+        loss, scale = require_live(loss), positive_scale(scale)
+        if not self._due():
+            return
+        self.keep_graph = True
+        try:
+            self._gather(loss, scale)
+        finally:
+            self.keep_graph = False
+
+    def backward(self, loss: Tensor, scale: float = 1.0, *, sync: bool = True) -> None:
+        """``loss.backward()``, with the curvature when it is due; adds to ``.grad``.
+
+        Args:
+            loss: The loss of one (micro-)batch, with its graph, which is freed.
+            scale: What the loss was multiplied by (``scaler.get_scale()``). Gradients stay
+                multiplied by it, for ``scaler.unscale_(opt)``.
+            sync: Whether ``.grad`` is then averaged over ranks; ``False`` for all but the last of
+                several micro-batches saves communication.
+
+        Raises:
+            TypeError: If the loss is no tensor.
+            ValueError: If it is no scalar or has no graph.
+            RuntimeError: If it has no second derivative, where the method needs one.
+        """
+        loss, scale = require_live(loss), positive_scale(scale)
+        found = self._gather(loss, scale) if self._due() else None
+        if found is None:
+            accumulate_gradient(loss)
+        else:
+            accumulate([p for _, p, _ in self.trainable()], found)
+        self._backwards += 1
+        if sync:
+            average_gradients([p for _, p, _ in self.trainable()], self.process_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]  # PyTorch's overloads return floats
+        """One step.
+
+        Args:
+            closure: Returns the loss of the batch, with its graph. It calls neither ``zero_grad``
+                nor ``backward`` (if it does, its gradients are used). Without it, the gradients
+                in ``.grad`` are used.
+
+        Returns:
+            The loss, detached, if there is a closure.
+
+        Raises:
+            TypeError: If the closure returns no tensor.
+            ValueError: If it returns no scalar, or one without a graph.
+            RuntimeError: If a step needs curvature and there is none yet.
+        """
+        loss = None if closure is None else self._evaluated(closure)
+        with torch.no_grad():
+            gradients = self._gradients()
+            if not any(g is not None for group in gradients for g in group):
+                self.pending = {}
+                return loss
+            due = self._due()
+            if due and not self.pending and self.clock.curvature_updates == 0:
+                self._missing()
+            if due or self.pending:
+                self.pending = sum_over_ranks(self.pending, self.process_group)
+            taken = finite([*(g for group in gradients for g in group), *self.pending.values()])
+            if taken:
+                taken = self._update(gradients) is not False
+            if taken:
+                self.clock = self.clock.ticked(curvature=bool(self.pending))
+            else:
+                self.skipped += 1
+            self.pending = {}
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients and pending curvature."""
+        self.pending = {}
+        super().zero_grad(set_to_none)
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Tensor:
+        """The loss of a closure, whose gradients and curvature are then in place."""
+        before, calls = versions(self.parameters()), self._backwards
+        with torch.enable_grad():
+            loss = closure()
+        if not isinstance(loss, Tensor):
+            loss = require_live(loss, "what the closure returns")
+        if calls != self._backwards or accumulated(before, versions(self.parameters())):
+            return loss.detach()  # the closure called backward itself
+        require_live(loss, "what the closure returns")
+        self.zero_grad()
+        self.backward(loss)
+        return loss.detach()
+
+    def _gather(self, loss: Tensor, scale: float) -> list[Tensor | None] | None:
+        before = {name: t.clone() for name, t in self.pending.items()}
+        try:
+            return self._observe(loss, scale)
+        except BaseException:
+            self.pending = before
+            raise
+
+    def _gradients(self) -> Gradients:
+        """Dense gradients of each group, negated where the group maximizes."""
+        out: Gradients = []
+        for group in self.param_groups:
+            grads = [p.grad if p.requires_grad else None for p in group["params"]]
+            grads = [None if g is None else dense(g) for g in grads]
+            if group["maximize"]:
+                grads = [None if g is None else -g for g in grads]
+            out.append(grads)
+        return out
+
+    # --------------------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with a third entry ``"curvlib"`` beside PyTorch's two.
+
+        Gradients and pending curvature are not part of it: save between a step and the next
+        backward.
+        """
+        state = super().state_dict()
+        state["curvlib"] = record(
+            type(self).__name__,
+            [p for _, p, _ in self.parameters()],
+            {
+                "clock": asdict(self.clock),
+                "skipped": self.skipped,
+                "seed": self.seed,
+                "extra": self._extra_state(),
+            },
+        )
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state; the trajectory is then bitwise the one that was saved.
+
+        Raises:
+            TypeError: If it is no dictionary.
+            ValueError: If it is that of another optimizer, model or version of curvlib. Nothing
+                has changed then.
+        """
+        params = [p for _, p, _ in self.parameters()]
+        state_dict, own = require_own(state_dict, type(self).__name__, params)
+        before = (self.state, self.param_groups)
+        super().load_state_dict(state_dict)
+        try:
+            for group in self.param_groups:
+                self._check(group)
+            for i, p, _ in self.parameters():
+                if i in state_dict["state"]:
+                    self.state[p] = restored(state_dict["state"][i], p.device)
+            self._load_extra_state(own["extra"])
+        except Exception:
+            self.state, self.param_groups = before
+            raise
+        self.clock = Clock(**own["clock"])
+        self.skipped, self.seed = own["skipped"], own["seed"]
+        self.pending = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_")}
+        for name in ("step", "_zero_grad_profile_name", "process_group"):
+            own.pop(name, None)  # a scheduler's wrapper of step; groups cannot be copied
+        return {**own, **super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).setdefault("process_group", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(deepcopy(self.__getstate__(), memo))
+        twin.process_group = self.process_group
+        return twin

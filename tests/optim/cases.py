@@ -1,0 +1,48 @@
+"""The table of optimizers: each row goes through every line of the contract.
+
+``build(model, params)`` makes a fresh optimizer for a model; ``params`` are what a user passes
+(parameters or groups of them), by default all of the model's. Learning rates are such that a few
+hundred steps on a small problem stay finite. A row for each kind of update that a method has; its
+interval, if it has one, is 2 or 3, so that runs are interrupted in the middle of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from curvlib.optim.shell import CurvatureOptimizer
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """One optimizer, and what its method allows.
+
+    Attributes:
+        name: Of the row.
+        build: ``build(model, params)``, where ``params`` may be ``None``: all of the model's.
+        needs_loss: Whether curvature needs ``opt.backward``, ``opt.observe`` or a closure; without
+            it, a plain ``loss.backward(); opt.step()`` is a full step.
+        second_order: Whether it takes Hessian products, so that a model without double backward
+            is an error.
+        tolerance: Relative, in float64, where sums are taken in another order (micro-batches,
+            ranks).
+    """
+
+    name: str
+    build: Callable[[nn.Module, Any], CurvatureOptimizer]
+    needs_loss: bool = True
+    second_order: bool = True
+    tolerance: float = 1e-10
+
+
+def given(model: nn.Module, params: Any) -> Any:
+    """The parameters that were asked for."""
+    return model.parameters() if params is None else params
+
+
+# ------------------------------------------------------------------------------- rows
+OPTIMIZERS: list[OptimizerCase] = []
