@@ -1,8 +1,7 @@
 """Preconditioned gradients of queries, as directions that training examples are multiplied by.
 
-The protocol of directions and its dense body are in :mod:`curvlib.operators.query_directions`
-(the scan over data knows it): ``contract(left, right) -> [n, Q]``, ``contract_tokens -> [n, Q, T]``,
-``bytes``, ``bound(norms)``. The low-rank body is in ``compression.py``.
+The protocol of directions and its dense body are in :mod:`curvlib.operators.query_directions`,
+since the scan over data knows it; the low-rank body is in ``compression.py``.
 """
 
 from __future__ import annotations

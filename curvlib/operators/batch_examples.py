@@ -52,6 +52,7 @@ def some_examples(batch: Batch, where: slice | Tensor) -> Batch:
         if not item.ndim:
             return item
         chosen = where if isinstance(where, slice) else where.to(item.device)
-        return item.unflatten(0, (n, -1))[chosen].flatten(0, 1)
+        rows: Tensor = item.reshape(n, -1, *item.shape[1:])[chosen]
+        return rows.flatten(0, 1)
 
     return Batch(batch.risk, batch.index, mapped(batch.data, cut))

@@ -1,0 +1,270 @@
+r"""Inner products of per-example gradients with directions, streamed batch by batch.
+
+.. math:: s_{nq} = \langle d_q, g_n \rangle = \sum_b \langle D_q^{(b)}, G_n^{(b)} \rangle ,
+
+with the gradient :math:`g_n` of the *sum* of the loss terms of example ``n``, whatever the loss's
+reduction (see :mod:`curvlib.operators.score_passes`), and the blocks ``b`` of
+:mod:`curvlib.operators.score_blocks`. Gradients of all parameters at once, ``[N, P]``, are never
+held: each layer's inputs and output gradients are contracted with its directions, as
+:mod:`curvlib.operators.query_directions` says. Uses of shared weights add up, so scores are those
+of autograd's gradients for modules that are called several times and for tied weights, too.
+
+Scores of *tokens* are the parts of the sum over a layer's rows that belong to one token:
+:math:`\sum_b l_{nt}^\top D_q r_{nt}`, what the gradient at this position contributes (Grosse et
+al., "Studying large language model generalization with influence functions", 2023, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlib.core.batch import Batch
+from curvlib.core.risk import Risk
+from curvlib.operators.batch_examples import example_count, some_examples
+from curvlib.operators.query_directions import BlockDirections
+from curvlib.operators.score_blocks import ScoreBlock, flat_rows, score_blocks
+from curvlib.operators.score_passes import GradientPass, GradientPasses, token_count
+from curvlib.operators.score_rows import by_token, chunks, matrices, norms, terms
+
+
+@dataclass(frozen=True, eq=False)
+class BatchScores:
+    """Scores of the examples of one batch.
+
+    Attributes:
+        batch: Number of the batch.
+        numbers: Numbers of the examples in the data, ``[n]``.
+        scores: ``[n, Q]``.
+        layers: Parts of each block, ``[n, Q, B]``, which add up to the scores.
+        tokens: Parts of each token, ``[n, Q, T]``. They add up to the scores where every parameter
+            is in a layer that takes a row for each token (of a classifier's head, or of a bare
+            parameter, the rest is).
+        norms: Norms of the gradients in each block, ``[n, B]``; bounds from above for weights that
+            are an embedding's and a linear layer's.
+        alone: Whether examples went through the model one by one.
+    """
+
+    batch: int
+    numbers: Tensor
+    scores: Tensor
+    layers: Tensor
+    tokens: Tensor | None
+    norms: Tensor | None
+    alone: bool
+
+
+def example_scores(
+    risk: Risk,
+    directions: Mapping[str, BlockDirections],
+    *,
+    tokens: bool = False,
+    norms: bool = False,
+    chosen: Tensor | None = None,
+    start: int = 0,
+    first: int = 0,
+    alone: bool = False,
+) -> Iterator[BatchScores]:
+    """Scores of all examples of a risk's data, in their order, batch by batch.
+
+    Args:
+        risk: Model, loss, data and parameters.
+        directions: By the name of the block (:func:`~curvlib.operators.score_blocks.score_blocks`):
+            those of absent blocks are zero.
+        tokens: Whether to score tokens, too.
+        norms: Whether to return the norms of gradients.
+        chosen: Numbers of the only examples that are wanted, ascending, int64.
+        start: Batches to leave out at the beginning, which
+        first: have this many examples.
+        alone: Whether examples go through the model one by one, if that is known.
+
+    Raises:
+        ValueError: If directions are of no block, differ in number, or have another shape; or
+            examples depend on each other, or have unknown shares of the loss.
+        FloatingPointError: If scores are not finite; names the layer.
+
+    Example:
+        >>> import torch, curvlib as cl
+        >>> from curvlib.operators.query_directions import DenseDirections
+        >>> risk = cl.Risk(
+        ...     torch.nn.Linear(2, 1, bias=False),
+        ...     torch.nn.MSELoss(),
+        ...     (torch.eye(2), torch.ones(2, 1)),
+        ... )
+        >>> D = {"weight": DenseDirections(risk.gradient().view(1, 1, 1, 2))}
+        >>> (part,) = example_scores(risk, D)
+        >>> bool(torch.allclose(part.scores[:, 0], 2 * risk.gradient() ** 2))
+        True
+    """
+    blocks = _fitting(risk, directions)
+    passes = GradientPasses(risk, blocks, alone=alone)
+    batches = risk.batches()
+    for _ in range(start):
+        next(batches, None)
+    while True:
+        # the model is as it was whenever the caller has control
+        with risk.untouched():
+            batch = next(batches, None)
+            if batch is None:
+                return
+            n = example_count(batch)
+            numbers = torch.arange(first, first + n)
+            first += n
+            if chosen is not None:
+                numbers = chosen[(chosen >= first - n) & (chosen < first)].cpu()
+                if not len(numbers):
+                    continue
+                if len(numbers) < n:
+                    batch = some_examples(batch, numbers - (first - n))
+            found = [
+                _scores(one, blocks, directions, tokens=tokens, measure=norms)
+                for one in passes.of(batch)
+            ]
+        yield _joined(batch, numbers, found, passes.alone)
+
+
+def example_gradients_by_layers(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
+    """Per-example gradients as flat rows, from the inputs and output gradients of layers.
+
+    Like :func:`curvlib.gradients`, but an example may have several loss terms and rows of the
+    output (tokens flattened into the first axis), and most of the work is one backward pass for
+    each batch.
+
+    Args:
+        risk: Model, loss, data and parameters.
+        block: Rows of a block at most.
+
+    Yields:
+        Rows ``[n, P]`` with ``n <= block``: gradients of sums of loss terms.
+
+    Raises:
+        ValueError: As :func:`example_scores`.
+        FloatingPointError: If a gradient is not finite; names the layer.
+    """
+    blocks = score_blocks(risk)
+    passes = GradientPasses(risk, blocks)
+    batches = risk.batches()
+    while True:
+        with risk.untouched():
+            batch = next(batches, None)
+            if batch is None:
+                return
+            stream = passes.of(batch)
+        while True:
+            with risk.untouched():
+                found = next(stream, None)
+            if found is None:
+                break
+            for start in range(0, found.examples, block):
+                with risk.untouched():
+                    at = slice(start, min(start + block, found.examples))
+                    rows = _rows(risk, blocks, found, at)
+                yield rows
+
+
+def _rows(risk: Risk, blocks: list[ScoreBlock], found: GradientPass, at: slice) -> Tensor:
+    space = risk.space
+    n = at.stop - at.start
+    own: dict[str, Tensor] = {}
+    for block in blocks:
+        zeros = space.empty().new_zeros((n, *block.shape))
+        own[block.name] = matrices(block, list(terms(block, found, at, space.dtype)), zeros)
+    rows = flat_rows(blocks, own, space.size)
+    if not bool(torch.isfinite(rows.sum())):
+        found.require_finite()
+    return rows
+
+
+def _scores(
+    found: GradientPass,
+    blocks: list[ScoreBlock],
+    directions: Mapping[str, BlockDirections],
+    *,
+    tokens: bool,
+    measure: bool,
+) -> BatchScores:
+    n, batch = found.examples, found.one.batch
+    count = next(iter(directions.values())).count
+    like = batch.risk.space.empty()
+    layers = like.new_zeros((n, count, len(blocks)))
+    size = token_count(batch) if tokens else 0
+    by_tokens = like.new_zeros((n, count, size))
+    sizes = like.new_zeros((n, len(blocks)))
+    for b, block in enumerate(blocks):
+        own = directions[block.name]
+        for at in chunks(block, found, like.dtype):
+            parts = list(terms(block, found, at, like.dtype, apart=tokens))
+            for term in parts:
+                if not tokens:
+                    layers[at, :, b] += own.contract(term.left, term.right)
+                    continue
+                each = own.contract_tokens(term.left, term.right)
+                layers[at, :, b] += each.sum(-1)
+                placed = by_token(each, term.places, n, size)
+                if placed is not None:
+                    by_tokens[at] += placed
+            if measure:
+                sizes[at, b] = norms(parts, at.stop - at.start, like)
+    scores = layers.sum(-1)
+    if not bool(torch.isfinite(scores.sum())) and not bool(torch.isfinite(scores).all()):
+        found.require_finite()
+        raise FloatingPointError(
+            f"scores of batch {batch.index} are not finite, though inputs and gradients are: they "
+            "overflow, or the directions are not finite; use float64, or a larger damping"
+        )
+    return BatchScores(
+        batch=batch.index,
+        numbers=torch.arange(n),
+        scores=scores,
+        layers=layers,
+        tokens=by_tokens if tokens else None,
+        norms=sizes if measure else None,
+        alone=False,
+    )
+
+
+def _joined(batch: Batch, numbers: Tensor, found: list[BatchScores], alone: bool) -> BatchScores:
+    """The scores of a batch's passes as one."""
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(part, name) for part in found]
+        return None if parts[0] is None else torch.cat(parts)
+
+    scores, layers = joined("scores"), joined("layers")
+    assert scores is not None
+    assert layers is not None
+    return BatchScores(
+        batch=batch.index,
+        numbers=numbers,
+        scores=scores,
+        layers=layers,
+        tokens=joined("tokens"),
+        norms=joined("norms"),
+        alone=alone,
+    )
+
+
+def _fitting(risk: Risk, directions: Mapping[str, BlockDirections]) -> list[ScoreBlock]:
+    """The blocks that directions are of, in their order."""
+    blocks = {block.name: block for block in score_blocks(risk)}
+    if not directions:
+        raise ValueError(f"expected directions of some of the blocks {list(blocks)}, got none")
+    unknown = sorted(directions.keys() - blocks.keys())
+    if unknown:
+        raise ValueError(
+            f"directions are of the blocks {unknown}, but the risk has {list(blocks)}; make them "
+            "for the same model and params="
+        )
+    counts = {own.count for own in directions.values()}
+    if len(counts) > 1:
+        raise ValueError(f"expected as many directions in every block, got {sorted(counts)}")
+    for name, own in directions.items():
+        if tuple(own.shape) != blocks[name].shape:
+            raise ValueError(
+                f"expected directions of shape {list(blocks[name].shape)} in block {name!r}, got "
+                f"{list(own.shape)}"
+            )
+    return [block for name, block in blocks.items() if name in directions]

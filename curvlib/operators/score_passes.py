@@ -1,0 +1,159 @@
+r"""Passes over batches that know the gradient of each example, as products of rows or as it is.
+
+The gradient of an example is that of the *sum* of its (weighted) loss terms, whatever the
+reduction of the loss: for a mean over tokens, its number of tokens times its own mean. A loss that
+curvlib does not know is multiplied by its ``weight=``, and checked to be a mean over examples where
+nothing says so, since otherwise an example's share of a batch is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlib.core.batch import Batch, misread_mean
+from curvlib.core.data import tensors
+from curvlib.core.risk import Risk
+from curvlib.operators.batch_examples import example_count
+from curvlib.operators.gradients import example_loss
+from curvlib.operators.kfac_rest import rest_rows
+from curvlib.operators.layer_finite import require_finite
+from curvlib.operators.layer_uses import Pass, Watcher
+from curvlib.operators.score_blocks import ScoreBlock
+
+
+@dataclass(frozen=True, eq=False)
+class GradientPass:
+    """A pass of some examples, and their gradients.
+
+    Attributes:
+        one: The pass.
+        outputs: Gradients at the outputs of its uses, ``None`` where none arrives.
+        whole: Gradients ``[n, G, O, I]`` of the blocks that are not made of these, by name.
+    """
+
+    one: Pass
+    outputs: list[Tensor | None]
+    whole: dict[str, Tensor]
+
+    @property
+    def examples(self) -> int:
+        """``n``."""
+        return self.one.examples
+
+    def require_finite(self) -> None:
+        """Raises FloatingPointError naming the first layer with what is not finite."""
+        require_finite([use.x for use in self.one.uses], self.one, "inputs")
+        require_finite(self.outputs, self.one, "gradients at the outputs")
+        for name, rows in self.whole.items():
+            if not bool(torch.isfinite(rows).all()):
+                raise FloatingPointError(
+                    f"the gradient by {name!r} is not finite at batch {self.one.batch.index}; look "
+                    "at the data, or use a higher precision"
+                )
+
+
+class GradientPasses:
+    """Takes batches through the model: see :class:`GradientPass`.
+
+    A block whose parameters are used by more than its modules (``F.linear`` with a layer's weight)
+    in a batch is noticed, and its gradients are made example by example.
+
+    Args:
+        risk: Model, loss and parameters.
+        blocks: The blocks whose gradients are needed.
+        alone: Whether examples go through the model one by one, if that is known.
+    """
+
+    def __init__(self, risk: Risk, blocks: Sequence[ScoreBlock], *, alone: bool = False) -> None:
+        self.risk = risk
+        self.blocks = list(blocks)
+        layers = [block.layer for block in blocks if block.layer is not None]
+        self._watcher = Watcher(risk, layers, alone=alone)
+        self._parts: dict[tuple[str, ...], Risk] = {}
+
+    @property
+    def alone(self) -> bool:
+        """Whether examples go through the model one by one."""
+        return self._watcher.alone
+
+    def of(self, batch: Batch) -> Iterator[GradientPass]:
+        """The passes of a batch, in the order of its examples.
+
+        Raises:
+            ValueError: If examples depend on each other, the batch cannot be split, the loss does
+                not depend on the parameters, or its mean is over something unknown.
+        """
+        watcher = self._watcher
+        self._forget_counts()
+        for one in watcher.passes(batch):
+            _require_known_mean(one)
+            value = example_loss(one.batch, one.output)
+            if not value.requires_grad:
+                raise ValueError(
+                    f"the loss of batch {batch.index} cannot be differentiated: it was computed "
+                    "under torch.no_grad(), detached, or does not use any selected parameter; "
+                    "check forward=, loss= and params="
+                )
+            outputs = one.gradients((value, None))
+            whole = self._whole(one, value)
+            one.require_unchanged()
+            self._forget_counts()
+            yield GradientPass(one, outputs, whole)
+
+    def _forget_counts(self) -> None:
+        watcher = self._watcher
+        watcher.calls = dict.fromkeys(watcher.calls, 0)
+        watcher.uses.counts = {name: {} for name in watcher.uses.counts}
+
+    def _whole(self, one: Pass, value: Tensor) -> dict[str, Tensor]:
+        """Gradients of blocks that their modules' inputs and outputs do not give."""
+        blocks = [b for b in self.blocks if b.layer is None or self._miscounted(b)]
+        names = tuple(name for block in blocks for name in block.names)
+        if not names:
+            return {}
+        if names not in self._parts:
+            self._parts[names] = self.risk.part(names)
+        part = self._parts[names]
+        rows = rest_rows(part, one, (value, None))
+        every = rows.new_zeros((len(rows), self.risk.space.size))
+        for name in names:
+            every[:, self.risk.space.slice(name)] = rows[:, part.space.slice(name)]
+        return {block.name: block.gather(every) for block in blocks}
+
+    def _miscounted(self, block: ScoreBlock) -> bool:
+        calls = self._watcher.calls[block.name]
+        counts = self._watcher.uses.counts
+        return any(sum(counts[name].values()) != calls for name in block.names)
+
+
+def token_count(batch: Batch) -> int:
+    """Tokens of each example of a batch: the entries of its first tensor's second axis.
+
+    That is of integers ``[N, T]``, or of floating-point numbers ``[N, T, d]``. Examples of any
+    other kind have no tokens, or rather one.
+    """
+    first = next(tensors(batch.data), None)
+    if first is None or first.ndim != (3 if first.is_floating_point() else 2):
+        return 1
+    return int(first.shape[1])
+
+
+def _require_known_mean(one: Pass) -> None:
+    """Raises ValueError if an example's share of an unknown mean is unknown."""
+    batch = one.batch
+    risk = batch.risk
+    settled = risk.take_weight is not None or risk.given_reduction is not None
+    if risk.loss.known or risk.loss.reduction == "sum" or settled:
+        return
+    if batch.index == 0 and example_count(batch) == 1:
+        return
+    with torch.no_grad():
+        message = misread_mean(
+            batch, one.output, risk.loss.total(one.output, batch.target, batch.weight)
+        )
+    if message is not None:
+        raise ValueError(message)
