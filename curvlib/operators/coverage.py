@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from curvlib.core.result import Result
 
@@ -33,3 +36,31 @@ class Coverage(Result):
         for name, reason in self.uncovered.items():
             lines.append(f"  not {name}{instead}: {reason}")
         return "\n".join(lines)
+
+
+def coverage_of(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    uncovered: Mapping[str, str],
+    *,
+    diagonal: bool = False,
+) -> Coverage:
+    """The coverage of some parameters of a model, all but ``uncovered``."""
+    by_type: dict[str, tuple[int, int]] = {}
+    kinds = {
+        id(held): type(module).__name__
+        for module in reversed(list(model.modules()))
+        for held in module._parameters.values()
+    }
+    for name, param in params.items():
+        some, every = by_type.get(kinds[id(param)], (0, 0))
+        own = 0 if name in uncovered else param.numel()
+        by_type[kinds[id(param)]] = (some + own, every + param.numel())
+    total = sum(every for _, every in by_type.values())
+    return Coverage(
+        percent=100.0 * sum(some for some, _ in by_type.values()) / max(1, total),
+        covered=tuple(name for name, p in params.items() if name not in uncovered and p.numel()),
+        uncovered=dict(uncovered),
+        diagonal=diagonal,
+        by_type=by_type,
+    )

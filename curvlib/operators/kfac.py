@@ -34,7 +34,7 @@ from curvlib.core.kronecker_blocks import KroneckerBlock, Part
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection, ParamSpace
-from curvlib.operators.coverage import Coverage
+from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.kfac_fit import (
     Fit,
     FitSettings,
@@ -335,35 +335,14 @@ def _operator(fit: Fit, state: FitState) -> KFAC:
         replace(fit.risk.space, dtype=fit.settings.dtype),
         eigenvalues=(first, [*corrected, *shared] if fit.settings.eigen_corrected else None),
         corrected=fit.settings.eigen_corrected,
-        coverage=_coverage(fit, state),
+        coverage=coverage_of(
+            fit.risk.model,
+            fit.risk.params,
+            state.uncovered,
+            diagonal=fit.settings.rest == "diagonal",
+        ),
         settings=settings,
         fitted_on=fit.risk.fingerprint(),
-    )
-
-
-def _coverage(fit: Fit, state: FitState) -> Coverage:
-    risk = fit.risk
-    by_type: dict[str, tuple[int, int]] = {}
-    covered = []
-    kinds = {
-        id(held): type(module).__name__
-        for module in reversed(list(risk.model.modules()))
-        for held in module._parameters.values()
-    }
-    for name in risk.space.names:
-        param = risk.params[name]
-        some, every = by_type.get(kinds[id(param)], (0, 0))
-        own = 0 if name in state.uncovered else param.numel()
-        by_type[kinds[id(param)]] = (some + own, every + param.numel())
-        if own:
-            covered.append(name)
-    total = sum(some for some, _ in by_type.values())
-    return Coverage(
-        percent=100.0 * total / risk.space.size,
-        covered=tuple(covered),
-        uncovered=state.uncovered,
-        diagonal=fit.settings.rest == "diagonal",
-        by_type=by_type,
     )
 
 

@@ -20,13 +20,15 @@ the reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.core.kronecker_blocks import Part
-from curvlib.core.risk import Risk
+from curvlib.core.space import ParamSpace
 from curvlib.operators.layer_inputs import Layer, layer_of
 
 #: Normalization layers with the weight's axes at the end of the input, and with channels on axis 1.
@@ -37,6 +39,22 @@ _CHANNELS = (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
 )
+
+
+class Parameters(Protocol):
+    """A model and some of its parameters: a :class:`~curvlib.core.risk.Risk`, for one."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """The parameters, by name."""
+
+    @property
+    def space(self) -> ParamSpace:
+        """Their space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +95,7 @@ class FactoredLayer:
 
 
 def factored_layers(
-    risk: Risk, *, dense_norms: bool, max_side: int
+    risk: Parameters, *, dense_norms: bool, max_side: int
 ) -> tuple[list[FactoredLayer], dict[str, str]]:
     """The factored layers of a risk's parameters, and why the other parameters are in none.
 
@@ -129,7 +147,7 @@ def on_channels(module: nn.Module) -> bool:
     return isinstance(module, _CHANNELS)
 
 
-def _owners(risk: Risk, param: Tensor) -> list[tuple[nn.Module, str]]:
+def _owners(risk: Parameters, param: Tensor) -> list[tuple[nn.Module, str]]:
     return [
         (module, key)
         for module in risk.model.modules()
@@ -161,7 +179,7 @@ def _unfit(owners: list[tuple[nn.Module, str]], keys: set[str]) -> str:
     return f"it is shared by layers of different kinds ({kinds})"
 
 
-def _common_bias(risk: Risk, modules: list[nn.Module]) -> str | None:
+def _common_bias(risk: Parameters, modules: list[nn.Module]) -> str | None:
     """The selected bias that all modules of one weight, and no others, have."""
     held = {id(module._parameters.get("bias")) for module in modules}
     if len(held) != 1 or len({role_of(module) for module in modules}) != 1:
@@ -175,7 +193,7 @@ def _common_bias(risk: Risk, modules: list[nn.Module]) -> str | None:
 
 
 def _layer(
-    risk: Risk, weight: str | None, bias: str | None, modules: list[nn.Module]
+    risk: Parameters, weight: str | None, bias: str | None, modules: list[nn.Module]
 ) -> FactoredLayer:
     """The layer, with dense sides."""
     space = risk.space

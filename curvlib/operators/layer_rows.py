@@ -48,6 +48,9 @@ def output_matrix(
     found = []
     for use, gradient in zip(uses, gradients, strict=True):
         g = _gradient(use, gradient, dtype)
+        if use.given:
+            found.append(g.reshape(g.shape[0], n, -1, g.shape[-1])[:, at])
+            continue
         if isinstance(use.module, _CONVOLUTIONS):
             g = g[None] if use.x.ndim == len(use.module.kernel_size) + 1 else g
             g = g.movedim(1, -1)
@@ -111,6 +114,7 @@ def normalized(use: Use) -> Tensor:
     r"""What a normalization layer multiplies by its weight: its output is linear in it."""
     module = use.module
     names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
+    x = use.x.to(next(t.dtype for t in module._parameters.values() if t is not None))
     with torch.no_grad():
         ends = []
         for value in (1.0, 0.0):
@@ -120,9 +124,11 @@ def normalized(use: Use) -> Tensor:
                 )
                 for name in names
             }
+            # of BatchNorm in training mode, which moves its running statistics
+            copies = {f"model.{k}": b.clone() for k, b in module._buffers.items() if b is not None}
             ends.append(
                 torch.func.functional_call(
-                    Holder(module), swapped, (lambda m: type(m).forward(m, use.x),)
+                    Holder(module), swapped | copies, (lambda m: type(m).forward(m, x),)
                 )
             )
     out: Tensor = ends[0] - ends[1]
@@ -153,7 +159,9 @@ def _inputs(layer: FactoredLayer, use: Use, n: int, at: slice, dtype: torch.dtyp
         count = len(range(*at.indices(n)))
         return torch.ones((1, count, T or 0, 1), dtype=dtype, device=use.x.device)
     x = use.x
-    if isinstance(use.module, _CONVOLUTIONS):
+    if use.given:
+        rows = x.reshape(x.shape[0], n, -1, x.shape[-1])[:, at].to(dtype)
+    elif isinstance(use.module, _CONVOLUTIONS):
         x = x[None] if x.ndim == len(use.module.kernel_size) + 1 else x
         shape = x.shape[1:]
         x = x.reshape(n, -1, *shape)[at].reshape(-1, *shape)

@@ -47,6 +47,8 @@ class Use:
         edge: Of the graph, at the output; ``None`` where no gradient flows.
         shape: Shape of the output.
         keep: Which rows count for factors, bool ``[N, T]``, or ``None`` for all.
+        given: Whether ``x`` holds rows already, ``[G, N, T, I]``, and gradients are
+            ``[G, N, T, O]``: of products that are inside a module, where no hook sees them.
     """
 
     layer: str
@@ -57,10 +59,13 @@ class Use:
     edge: GradientEdge | None
     shape: tuple[int, ...]
     keep: Tensor | None
+    given: bool = False
 
     @property
     def places(self) -> tuple[int, ...]:
         """Shape of the places at which it takes rows."""
+        if self.given:
+            return tuple(self.x.shape[1:3])
         if self.role == "embedding":
             return tuple(self.x.shape)
         if self.role == "scale":
