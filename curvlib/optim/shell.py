@@ -308,11 +308,10 @@ class CurvatureOptimizer(Optimizer):
         return loss.detach()
 
     def _gather(self, loss: Tensor, scale: float) -> list[Tensor | None] | None:
-        before = {name: t.clone() for name, t in self.pending.items()}
         try:
             return self._observe(loss, scale)
         except BaseException:
-            self.pending = before
+            self.pending = {}  # sums that may be incomplete
             raise
 
     def _gradients(self) -> Gradients:

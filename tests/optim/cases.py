@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from curvlib.optim.adahessian import AdaHessian
 from curvlib.optim.shell import CurvatureOptimizer
 
 
@@ -45,4 +46,26 @@ def given(model: nn.Module, params: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------- rows
-OPTIMIZERS: list[OptimizerCase] = []
+OPTIMIZERS: list[OptimizerCase] = [
+    OptimizerCase(
+        "adahessian",
+        lambda model, params: AdaHessian(given(model, params), lr=0.02, interval=2),
+    ),
+    OptimizerCase(
+        "adahessian, paper",
+        lambda model, params: AdaHessian(given(model, params), lr=0.02, foreach=True),
+    ),
+    OptimizerCase(
+        "adahessian, diagonal",
+        lambda model, params: AdaHessian(
+            given(model, params),
+            lr=0.01,
+            eps=0.1,
+            weight_decay=0.01,
+            estimand="diagonal",
+            interval=3,
+            probes=2,
+            block_size=2,
+        ),
+    ),
+]

@@ -1,0 +1,223 @@
+r"""AdaHessian: the averaged gradient over the Hessian's diagonal, or over the norms of its rows.
+
+Every ``interval`` steps, a double backward of the loss gives the product :math:`Hz` with random
+signs (Hutchinson), and the step divides the averaged gradient by the averaged curvature: see
+:mod:`curvlib.optim.rules.adahessian` for the formulas. Work in gradients of the loss: 3 in a step
+with curvature (with one probe), 1 in the others. Memory: one tensor of the parameter's shape, and
+one of its number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from curvlib.operators.live_loss import gradient_and_products
+from curvlib.optim import arguments
+from curvlib.optim.draws import signs
+from curvlib.optim.gradients import finite
+from curvlib.optim.rules.adahessian import (
+    ESTIMANDS,
+    Moments,
+    Settings,
+    block_means,
+    init,
+    reading,
+    update,
+)
+from curvlib.optim.shell import CurvatureOptimizer, Gradients
+
+
+class AdaHessian(CurvatureOptimizer):
+    r"""AdaHessian (Yao et al., AAAI 2021), in the paper's form and in an unbiased one.
+
+    Args:
+        params: Parameters, named parameters or groups, in which ``lr``, ``betas``, ``eps``,
+            ``hessian_power``, ``weight_decay``, ``block_size``, ``foreach`` and ``maximize`` may
+            differ.
+        lr: Learning rate.
+        betas: Decay of the averages of gradients and of curvature.
+        eps: Added to the curvature (in its unit to the power ``hessian_power``), above 0.
+        hessian_power: Exponent of the curvature: 1 in the paper, 0 is SGD with momentum.
+        weight_decay: Decoupled: each step subtracts ``lr * weight_decay * parameter``.
+        estimand: What curvature stands for. ``"rownorm"``, the paper's rule step for step,
+            converges to the norms of the Hessian's rows. ``"diagonal"`` converges to the absolute
+            value of its diagonal; while few updates are averaged, or where the diagonal is small
+            beside its row, it is noisy, and may be near zero by chance.
+        interval: Steps from one curvature update to the next.
+        probes: Random vectors of each curvature update, each of which costs two gradients.
+        block_size: Entries whose curvature is averaged: ``None``: the kernel of a convolution
+            (tensors of 3 and more dimensions; all but the first two), as in the paper; or the
+            length of runs of the flattened tensor, for those of 2 and more dimensions; 1: none.
+        foreach: Whether a step does all tensors of a group at once: faster on a GPU, and more
+            memory. ``None``: where all of them are on a CUDA device.
+        maximize: Whether the loss is maximized.
+        seed: Of the probes.
+        process_group: Replicas of data-parallel training; the default group if
+            ``torch.distributed`` is initialized. Curvature and, in ``backward`` and
+            ``step(closure)``, gradients are averaged over it.
+
+    Raises:
+        TypeError: If parameters are no real floating-point tensors, or an argument has another
+            type.
+        ValueError: If there are no parameters, one is there twice, or an argument is out of range.
+
+    A parameter that got its first gradient between two curvature updates waits for the next.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0], [-2.0]])
+        >>> opt = AdaHessian(model.parameters(), lr=1.0, betas=(0.0, 0.999), eps=1e-8)
+        >>> before = opt.step(lambda: torch.nn.functional.mse_loss(model(x), y))
+        >>> [round(w, 4) for w in model.weight.flatten().tolist()]  # a Newton step: H is diagonal
+        [1.0, -1.0]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        *,
+        hessian_power: float = 1.0,
+        weight_decay: float = 0.0,
+        estimand: str = "rownorm",
+        interval: int = 1,
+        probes: int = 1,
+        block_size: int | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.estimand = arguments.choice("estimand", estimand, ESTIMANDS)
+        self.interval = arguments.count("interval", interval)
+        self.probes = arguments.count("probes", probes)
+        self._verified = False
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "hessian_power": hessian_power,
+            "weight_decay": weight_decay,
+            "block_size": block_size,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, seed=seed, process_group=process_group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        arguments.nonnegative(group, "lr", "hessian_power", "weight_decay")
+        arguments.positive(group, "eps")
+        arguments.fractions(group, "betas")
+        if group["block_size"] is not None:
+            arguments.count("block_size", group["block_size"])
+        if group["foreach"] is not None:
+            arguments.flag(group, "foreach")
+
+    def _due(self) -> bool:
+        return self.clock.due(self.interval)
+
+    def _observe(self, loss: Tensor, scale: float) -> list[Tensor | None]:
+        members = self.trainable()
+        vectors = [
+            [signs(p, self.seed, self.clock.curvature_updates, k, i) for i, p, _ in members]
+            for k in range(self.probes)
+        ]
+        gradients, products = gradient_and_products(
+            loss,
+            [p for _, p, _ in members],
+            vectors,
+            keep_graph=self.keep_graph,
+            verify=not self._verified,
+        )
+        self._verified = True
+        replicas = self.replicas
+        for n, (i, p, group) in enumerate(members):
+            if gradients[n] is None and replicas == 1:
+                continue  # other ranks may use what this one does not
+            for k in range(self.probes):
+                seen = products[k][n]
+                part = torch.zeros_like(p) if seen is None else seen / (scale * replicas)
+                name = f"{i}.{k}"
+                if self.estimand == "diagonal":  # linear, so that one sum is enough
+                    part = block_means(part * vectors[k][n], group["block_size"]) / self.probes
+                    name = f"{i}"
+                self.pending[name] = self.pending[name] + part if name in self.pending else part
+        return gradients
+
+    def _update(self, gradients: Gradients) -> bool:
+        number, work = 0, []
+        for group, grads in zip(self.param_groups, gradients, strict=True):
+            settings = self._settings(group)
+            jobs = []
+            for i, (p, g) in enumerate(zip(group["params"], grads, strict=True), number):
+                if g is not None:
+                    jobs.append((p, g, self._reading(i, settings)))
+            work.append((group, settings, jobs))
+            number += len(grads)
+        if not finite(r for _, _, jobs in work for _, _, r in jobs):
+            return False  # squares overflowed
+        for group, settings, jobs in work:
+            for part in _parts(jobs, group["foreach"]):
+                params = [p for p, _, _ in part]
+                moments = [
+                    Moments(**self.state[p]) if p in self.state else init(p, settings)
+                    for p in params
+                ]
+                steps, moments = update(
+                    params, [g for _, g, _ in part], [r for _, _, r in part], moments, settings
+                )
+                for p, step, kept in zip(params, steps, moments, strict=True):
+                    if step is not None:
+                        p.add_(step)
+                    self.state[p] = dict(vars(kept))
+        return True
+
+    def _reading(self, number: int, settings: Settings) -> Tensor | None:
+        if self.estimand == "diagonal":  # block means already
+            return self.pending.get(f"{number}")
+        found = [self.pending.get(f"{number}.{k}") for k in range(self.probes)]
+        products = [f for f in found if f is not None]
+        return reading(products, settings) if products else None
+
+    def _settings(self, group: dict[str, Any]) -> Settings:
+        return Settings(
+            float(group["lr"]),
+            (float(group["betas"][0]), float(group["betas"][1])),
+            float(group["eps"]),
+            float(group["hessian_power"]),
+            float(group["weight_decay"]),
+            self.estimand,
+            group["block_size"],
+        )
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"estimand": self.estimand}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        if state["estimand"] != self.estimand:
+            raise ValueError(
+                f"the state holds averages of estimand={state['estimand']!r}, and this optimizer "
+                f"has {self.estimand!r}"
+            )
+
+
+Job = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def _parts(jobs: list[Job], foreach: bool | None) -> list[list[Job]]:
+    """Tensors that are done at once: of one dtype and device, or each by itself."""
+    if foreach is None:
+        foreach = bool(jobs) and all(p.is_cuda for p, _, _ in jobs)
+    if not foreach:
+        return [[job] for job in jobs]
+    kinds: dict[tuple[torch.dtype, torch.device], list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault((job[0].dtype, job[0].device), []).append(job)
+    return list(kinds.values())
