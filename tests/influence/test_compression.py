@@ -1,0 +1,242 @@
+"""Low-rank directions: equal to dense ones at full rank, and never further off than they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curvlib.influence.compression import compressed, low_rank, range_svd
+from curvlib.influence.directions import DenseDirections
+from curvlib.influence.low_rank import JoinedDirections, LowRankDirections, joined
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+
+def decaying(Q, G, O, I, decay, seed=0, dtype=torch.float64):  # noqa: E741
+    """Matrices with singular values ``decay ** k``."""
+    U = torch.linalg.qr(normal(Q, G, O, O, seed=seed)).Q
+    V = torch.linalg.qr(normal(Q, G, I, I, seed=seed + 1)).Q
+    k = min(O, I)
+    S = decay ** torch.arange(k, dtype=torch.float64)
+    return ((U[..., :k] * S) @ V[..., :k].mT).to(dtype)
+
+
+sizes = st.tuples(
+    st.integers(1, 4), st.integers(1, 2), st.integers(1, 13), st.integers(1, 13)
+)  # Q, G, O, I
+
+
+@given(sizes, st.integers(1, 5), st.integers(1, 6), st.floats(0.05, 1.0), st.integers(0, 999))
+@settings(max_examples=120, deadline=None)
+def test_scores_are_never_further_off_than_the_bound(shape, rank, rows, decay, seed):
+    Q, G, O, I = shape  # noqa: E741
+    D = decaying(Q, G, O, I, decay, seed)
+    low = low_rank(D, rank=rank, oversampling=seed % 3, iterations=seed % 2, seed=seed)
+    left, right = normal(G, 5, rows, O, seed=seed + 2), normal(G, 5, rows, I, seed=seed + 3)
+    exact = DenseDirections(D).contract(left, right)
+    gradient = torch.einsum("gnto,gnti->ngoi", left, right)
+    norms = gradient.flatten(1).norm(dim=1)
+    scale = norms[:, None] * D.flatten(1).norm(dim=1)
+    gap = (low.contract(left, right) - exact).abs()
+    assert bool((gap <= low.bound(norms) + 1e-13 * scale).all())
+
+
+@given(st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=25, deadline=None)
+def test_the_bound_is_attained_and_of_the_stored_factors(seed, dtype):
+    """For the gradient that is the rest itself, the bound is the error."""
+    D = normal(2, 1, 9, 7, seed=seed, dtype=dtype)
+    low = low_rank(D, rank=3, seed=seed)
+    rest = D.double() - low.dense().double()
+    norms = rest.flatten(1).norm(dim=1)
+    off = (rest * rest).sum((1, 2, 3))
+    bound = low.bound(norms).diagonal()
+    assert bool((off <= bound).all())
+    assert off.tolist() == pytest.approx(bound.tolist(), rel=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 1, 12, 8), (2, 3, 5, 9), (2, 1, 1, 6)])
+def test_full_rank_equals_dense(shape, dtype):
+    D = normal(*shape, dtype=dtype)
+    Q, G, O, I = shape  # noqa: E741
+    low = low_rank(D)
+    assert low.ranks.tolist() == [min(O, I)] * Q
+    assert low.shape == (G, O, I)
+    assert low.count == Q
+    left, right = normal(G, 4, 3, O, dtype=dtype), normal(G, 4, 3, I, seed=1, dtype=dtype)
+    dense = DenseDirections(D)
+    tolerance = 50 * torch.finfo(dtype).eps
+    for name in ("contract", "contract_tokens"):
+        a, b = getattr(low, name)(left, right), getattr(dense, name)(left, right)
+        assert a.shape == b.shape
+        assert a.dtype == dtype
+        assert float((a - b).abs().max()) < tolerance * float(b.abs().max())
+    assert bool((low.residual < tolerance * D.double().flatten(1).norm(dim=1)).all())
+    assert torch.allclose(low.dense(), D, rtol=0, atol=tolerance * 10)
+
+
+def test_scores_of_rows_sum_to_scores_with_ranks_that_differ():
+    D = torch.cat([decaying(1, 2, 9, 8, d, seed=i) for i, d in enumerate((0.02, 0.5, 0.9))])
+    D[1] = 0.0  # a query whose gradient vanishes
+    low = low_rank(D, tolerance=0.1)
+    ranks = low.ranks.tolist()
+    assert ranks[1] == 0
+    assert len(set(ranks)) == 3
+    left, right = normal(2, 6, 5, 9), normal(2, 6, 5, 8, seed=1)
+    rows = low.contract_tokens(left, right)
+    by_hand = torch.einsum("gnto,qgoi,gnti->nqt", left, low.dense(), right)
+    assert torch.allclose(rows, by_hand, rtol=0, atol=1e-12)
+    assert torch.allclose(rows.sum(-1), low.contract(left, right), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["contract", "contract_tokens"])
+def test_rows_that_are_one_hot_are_indices(name):
+    D = normal(3, 1, 11, 6)
+    index = torch.tensor([[0, 10, 4], [4, 4, 1]])
+    right = normal(1, 2, 3, 6, seed=1)
+    rows = torch.nn.functional.one_hot(index, 11).double()[None]
+    for low in (low_rank(D, rank=2), low_rank(D, tolerance=0.3)):
+        found = getattr(low, name)(index, right)
+        assert torch.allclose(found, getattr(low, name)(rows, right), rtol=0, atol=1e-13)
+
+
+def test_chunks_of_examples_do_not_change_scores(monkeypatch):
+    low = low_rank(normal(3, 1, 6, 5), rank=2)
+    left, right = normal(1, 7, 4, 6), normal(1, 7, 4, 5, seed=1)
+    expected = low.contract(left, right), low.contract_tokens(left, right)
+    monkeypatch.setattr("curvlib.influence.low_rank.CHUNK", 1)
+    assert torch.allclose(low.contract(left, right), expected[0], rtol=1e-12)
+    assert torch.allclose(low.contract_tokens(left, right), expected[1], rtol=1e-12)
+
+
+@given(st.floats(0.3, 0.95), st.floats(1e-4, 0.5), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_ranks_adapt_to_the_tolerance_and_are_the_smallest(decay, tolerance, seed):
+    """Eckart and Young: no smaller rank could do, up to what a random range misses."""
+    D = decaying(2, 1, 60, 50, decay, seed)
+    low = low_rank(D, tolerance=tolerance)
+    values = torch.linalg.svdvals(D[:, 0])
+    norms = D.flatten(1).norm(dim=1)
+    for q in range(2):
+        assert float(low.residual[q]) <= tolerance * float(norms[q]) * (1 + 1e-5)
+        tails = values[q].flip(0).square().cumsum(0).flip(0).sqrt()
+        least = int((tails > tolerance * float(norms[q])).sum())
+        assert least <= int(low.ranks[q]) <= least + 1
+
+
+def test_ranks_stop_at_the_cap_and_the_residual_tells():
+    D = normal(2, 1, 40, 40)
+    low = low_rank(D, rank=20, tolerance=0.01)
+    assert low.ranks.tolist() == [20, 20]
+    best = torch.linalg.svdvals(D[:, 0])[:, 20:].norm(dim=1)
+    assert bool((low.residual >= best).all())
+    assert bool((low.residual <= 1.1 * best).all())
+    assert low_rank(D, rank=99).ranks.tolist() == [40, 40]
+
+
+def test_a_random_range_is_nearly_the_best_one():
+    """Residuals of fixed rank are within 2 % of Eckart and Young's, for a slow decay."""
+    D = decaying(3, 1, 120, 90, 0.93)
+    best = torch.linalg.svdvals(D[:, 0])[:, 16:].norm(dim=1)
+    low = low_rank(D, rank=16)
+    assert bool((low.residual <= 1.02 * best).all())
+    plain = low_rank(D, rank=16, oversampling=0, iterations=0)
+    assert bool((plain.residual > low.residual).all())
+    U, S, V = range_svd(D[:, 0], 16, 10, 2, 0)
+    eye = torch.eye(16, dtype=torch.float64)
+    for basis in (U.mT @ U, V @ V.mT):
+        assert torch.allclose(basis, eye.expand(3, 16, 16), rtol=0, atol=1e-12)
+    assert torch.allclose(S, torch.linalg.svdvals(D[:, 0])[:, :16], rtol=0.02)
+
+
+def test_a_query_does_not_depend_on_its_batch_nor_on_global_randomness(rng_untouched):
+    D = torch.cat([decaying(1, 1, 40, 30, d) for d in (0.2, 0.9, 0.7)])
+    whole = low_rank(D, tolerance=0.05, seed=4)
+    parts = [low_rank(D[q : q + 1], tolerance=0.05, seed=4) for q in range(3)]
+    assert whole.ranks.tolist() == [int(p.ranks) for p in parts]
+    again = joined(parts)
+    assert torch.allclose(whole.dense(), again.dense(), rtol=0, atol=1e-12)
+    assert torch.allclose(whole.residual, again.residual, rtol=1e-9)
+
+
+def test_scale_does_not_matter():
+    D = decaying(1, 1, 60, 40, 0.8, dtype=torch.float32)
+    a, b = low_rank(D, tolerance=0.1), low_rank(D * 1e-18, tolerance=0.1)
+    assert torch.equal(a.ranks, b.ranks)
+    assert torch.allclose(b.residual * 1e18, a.residual, rtol=1e-4)
+
+
+def test_compression_only_where_it_saves_memory():
+    wide = DenseDirections(decaying(2, 1, 40, 50, 0.1))
+    assert compressed(wide) is wide  # nothing asked for
+    assert compressed(wide, rank=23) is wide  # 23 * 90 > 40 * 50
+    low = compressed(wide, rank=4)
+    assert isinstance(low, LowRankDirections)
+    assert low.bytes == 2 * 4 * (40 + 50) * 8 + 2 * 16
+    noise = DenseDirections(normal(2, 1, 12, 12))
+    assert compressed(noise, tolerance=1e-3) is noise
+    vector = DenseDirections(normal(2, 3, 1, 9))
+    assert compressed(vector, rank=1) is vector
+
+
+def test_directions_of_several_batches_are_joined():
+    D = decaying(5, 2, 8, 6, 0.4)
+    left, right = normal(2, 3, 4, 8), normal(2, 3, 4, 6, seed=1)
+    dense = joined([DenseDirections(D[:2]), DenseDirections(D[2:])])
+    assert isinstance(dense, DenseDirections)
+    low = joined([low_rank(D[:2], rank=2), low_rank(D[2:], rank=3)])
+    assert isinstance(low, LowRankDirections)
+    assert low.ranks.tolist() == [2, 2, 3, 3, 3]
+    mixed = joined([low_rank(D[:2], rank=2), DenseDirections(D[2:])])
+    assert isinstance(mixed, JoinedDirections)
+    assert (mixed.count, mixed.shape) == (5, (2, 8, 6))
+    assert mixed.bytes == low_rank(D[:2], rank=2).bytes + 3 * 2 * 8 * 6 * 8
+    norms = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    for body in (dense, low, mixed):
+        expected = torch.einsum("gnto,qgoi,gnti->nqt", left, body.dense(), right)
+        assert torch.allclose(body.contract_tokens(left, right), expected, atol=1e-12)
+        assert torch.allclose(body.contract(left, right), expected.sum(-1), atol=1e-12)
+        gap = (D - body.dense()).flatten(1).norm(dim=1)
+        assert torch.allclose(body.bound(norms), norms[:, None] * gap, rtol=1e-5, atol=1e-12)
+    assert joined([low]) is low
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda D: compressed(DenseDirections(D), rank=0), ValueError, "rank= is at least 1"),
+        (
+            lambda D: compressed(DenseDirections(D), tolerance=1.5),
+            ValueError,
+            "tolerance= is a fraction of a direction's norm",
+        ),
+        (lambda D: low_rank(D, rank=1, oversampling=-1), ValueError, "oversampling= is an integer"),
+        (lambda D: low_rank(D, rank=1, iterations=0.5), ValueError, "iterations= is an integer"),
+        (lambda D: low_rank(D.half()), TypeError, "float32 or float64, got torch.float16"),
+        (lambda D: low_rank(D[:0]), ValueError, r"matrices \[Q, G, O, I\], Q > 0"),
+        (
+            lambda D: low_rank(D.index_fill(0, torch.tensor(1), torch.nan)),
+            FloatingPointError,
+            r"directions of queries \[1\] .* NaN",
+        ),
+        (
+            lambda D: joined([DenseDirections(D), DenseDirections(D.mT)]),
+            ValueError,
+            "directions of one shape",
+        ),
+        (
+            lambda D: LowRankDirections(D[0], D[0], torch.tensor([1, 1]), torch.zeros(2)),
+            ValueError,
+            r"with R = 2, the sum of ranks, got \[1, 3, 2\]",
+        ),
+    ],
+)
+def test_bad_input(call, error, text):
+    with pytest.raises(error, match=text):
+        call(normal(2, 1, 3, 2))
