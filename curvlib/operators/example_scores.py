@@ -37,6 +37,7 @@ class BatchScores:
 
     Attributes:
         batch: Number of the batch.
+        stop: Examples of the data up to and including this batch.
         numbers: Numbers of the examples in the data, ``[n]``.
         scores: ``[n, Q]``.
         layers: Parts of each block, ``[n, Q, B]``, which add up to the scores.
@@ -49,6 +50,7 @@ class BatchScores:
     """
 
     batch: int
+    stop: int
     numbers: Tensor
     scores: Tensor
     layers: Tensor
@@ -123,7 +125,7 @@ def example_scores(
                 _scores(one, blocks, directions, tokens=tokens, measure=norms)
                 for one in passes.of(batch)
             ]
-        yield _joined(batch, numbers, found, passes.alone)
+        yield _joined(batch.index, first, numbers, found, passes.alone)
 
 
 def example_gradients_by_layers(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
@@ -185,7 +187,8 @@ def _scores(
     *,
     tokens: bool,
     measure: bool,
-) -> BatchScores:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Parts of blocks ``[n, Q, B]`` and of tokens ``[n, Q, T]``, and norms ``[n, B]``."""
     n, batch = found.examples, found.one.batch
     count = next(iter(directions.values())).count
     like = batch.risk.space.empty()
@@ -208,41 +211,34 @@ def _scores(
                     by_tokens[at] += placed
             if measure:
                 sizes[at, b] = norms(parts, at.stop - at.start, like)
-    scores = layers.sum(-1)
-    if not bool(torch.isfinite(scores.sum())) and not bool(torch.isfinite(scores).all()):
+    if not bool(torch.isfinite(layers.sum())) and not bool(torch.isfinite(layers).all()):
         found.require_finite()
         raise FloatingPointError(
             f"scores of batch {batch.index} are not finite, though inputs and gradients are: they "
             "overflow, or the directions are not finite; use float64, or a larger damping"
         )
-    return BatchScores(
-        batch=batch.index,
-        numbers=torch.arange(n),
-        scores=scores,
-        layers=layers,
-        tokens=by_tokens if tokens else None,
-        norms=sizes if measure else None,
-        alone=False,
-    )
+    return layers, by_tokens if tokens else None, sizes if measure else None
 
 
-def _joined(batch: Batch, numbers: Tensor, found: list[BatchScores], alone: bool) -> BatchScores:
+def _joined(
+    batch: int,
+    stop: int,
+    numbers: Tensor,
+    found: list[tuple[Tensor, Tensor | None, Tensor | None]],
+    alone: bool,
+) -> BatchScores:
     """The scores of a batch's passes as one."""
-
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(part, name) for part in found]
-        return None if parts[0] is None else torch.cat(parts)
-
-    scores, layers = joined("scores"), joined("layers")
-    assert scores is not None
-    assert layers is not None
+    layers = torch.cat([own for own, _, _ in found])
+    tokens = [own for _, own, _ in found if own is not None]
+    sizes = [own for _, _, own in found if own is not None]
     return BatchScores(
-        batch=batch.index,
+        batch=batch,
+        stop=stop,
         numbers=numbers,
-        scores=scores,
+        scores=layers.sum(-1),
         layers=layers,
-        tokens=joined("tokens"),
-        norms=joined("norms"),
+        tokens=torch.cat(tokens) if tokens else None,
+        norms=torch.cat(sizes) if sizes else None,
         alone=alone,
     )
 

@@ -8,7 +8,7 @@ nothing says so, since otherwise an example's share of a batch is unknown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count
 from curvlib.operators.gradients import example_loss
 from curvlib.operators.kfac_rest import rest_rows
+from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass, Watcher
 from curvlib.operators.score_blocks import ScoreBlock
@@ -80,45 +81,44 @@ class GradientPasses:
         """Whether examples go through the model one by one."""
         return self._watcher.alone
 
-    def of(self, batch: Batch) -> Iterator[GradientPass]:
+    def of(
+        self, batch: Batch, directions: Callable[[Pass], Iterable[Direction]] | None = None
+    ) -> Iterator[GradientPass]:
         """The passes of a batch, in the order of its examples.
+
+        Args:
+            batch: The batch.
+            directions: What to take gradients of instead of the loss: several, for each pass.
 
         Raises:
             ValueError: If examples depend on each other, the batch cannot be split, the loss does
                 not depend on the parameters, or its mean is over something unknown.
         """
-        watcher = self._watcher
         self._forget_counts()
-        for one in watcher.passes(batch):
-            _require_known_mean(one)
-            value = example_loss(one.batch, one.output)
-            if not value.requires_grad:
-                raise ValueError(
-                    f"the loss of batch {batch.index} cannot be differentiated: it was computed "
-                    "under torch.no_grad(), detached, or does not use any selected parameter; "
-                    "check forward=, loss= and params="
-                )
-            outputs = one.gradients((value, None))
-            whole = self._whole(one, value)
+        for one in self._watcher.passes(batch):
+            blocks = [b for b in self.blocks if b.layer is None or self._miscounted(b)]
+            for direction in _of_loss(one) if directions is None else directions(one):
+                outputs = one.gradients(direction)
+                yield GradientPass(one, outputs, self._whole(blocks, one, direction))
             one.require_unchanged()
             self._forget_counts()
-            yield GradientPass(one, outputs, whole)
 
     def _forget_counts(self) -> None:
         watcher = self._watcher
         watcher.calls = dict.fromkeys(watcher.calls, 0)
         watcher.uses.counts = {name: {} for name in watcher.uses.counts}
 
-    def _whole(self, one: Pass, value: Tensor) -> dict[str, Tensor]:
+    def _whole(
+        self, blocks: list[ScoreBlock], one: Pass, direction: Direction
+    ) -> dict[str, Tensor]:
         """Gradients of blocks that their modules' inputs and outputs do not give."""
-        blocks = [b for b in self.blocks if b.layer is None or self._miscounted(b)]
         names = tuple(name for block in blocks for name in block.names)
         if not names:
             return {}
         if names not in self._parts:
             self._parts[names] = self.risk.part(names)
         part = self._parts[names]
-        rows = rest_rows(part, one, (value, None))
+        rows = rest_rows(part, one, direction)
         every = rows.new_zeros((len(rows), self.risk.space.size))
         for name in names:
             every[:, self.risk.space.slice(name)] = rows[:, part.space.slice(name)]
@@ -140,6 +140,19 @@ def token_count(batch: Batch) -> int:
     if first is None or first.ndim != (3 if first.is_floating_point() else 2):
         return 1
     return int(first.shape[1])
+
+
+def _of_loss(one: Pass) -> Iterator[Direction]:
+    """The summed loss terms."""
+    _require_known_mean(one)
+    value = example_loss(one.batch, one.output)
+    if not value.requires_grad:
+        raise ValueError(
+            f"the loss of batch {one.batch.index} cannot be differentiated: it was computed under "
+            "torch.no_grad(), detached, or does not use any selected parameter; check forward=, "
+            "loss= and params="
+        )
+    yield value, None
 
 
 def _require_known_mean(one: Pass) -> None:

@@ -1,0 +1,109 @@
+r"""The diagonal of a Fisher matrix, exactly: sums of squares of per-example gradients.
+
+.. math:: d = \frac1W \sum_{n,k} (g_{nk})^{\circ 2}
+
+over the directions ``k`` of :mod:`curvlib.operators.kfac_targets`, with the total weight ``W`` of
+the loss terms: the diagonal of ``curvlib.fisher(risk, kind)``, hence of ``curvlib.ggn(risk)`` for
+``"type2"``. It takes one pass over the data, with as many backward passes as there are directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curvlib.core.risk import Risk
+from curvlib.core.structured import Diagonal
+from curvlib.operators import kfac_squares
+from curvlib.operators.batch_examples import example_count
+from curvlib.operators.kfac_targets import Direction, directions, require_kind
+from curvlib.operators.layer_uses import Pass
+from curvlib.operators.score_blocks import ScoreBlock, flat_rows, score_blocks
+from curvlib.operators.score_passes import GradientPass, GradientPasses
+from curvlib.operators.score_rows import chunks, matrices, terms
+
+#: Outputs of an example up to which the exact Fisher matrix is affordable.
+AFFORDABLE = 64
+
+
+def fisher_diagonal(
+    risk: Risk, *, fisher: str = "type2", samples: int = 1, seed: int = 0
+) -> Diagonal:
+    """The exact diagonal of a Fisher matrix as an operator.
+
+    Args:
+        risk: Model, loss, data and parameters. Examples must be independent, which is checked.
+        fisher: ``"type2"``, ``"mc"`` or ``"empirical"``: see :func:`curvlib.kfac`.
+        samples: Sampled targets of each loss term, for ``"mc"``.
+        seed: Of the samples.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is unknown, or examples depend on each other.
+        FloatingPointError: If a gradient is not finite; names the layer.
+
+    Example:
+        >>> import torch, curvlib as cl
+        >>> x, y = torch.randn(5, 2).double(), torch.tensor([0, 1, 2, 1, 0])
+        >>> risk = cl.Risk(torch.nn.Linear(2, 3).double(), torch.nn.CrossEntropyLoss(), (x, y))
+        >>> D = fisher_diagonal(risk)
+        >>> bool(torch.allclose(D.diagonal(), cl.ggn(risk).to_dense().diagonal()))
+        True
+    """
+    require_kind(risk.loss, fisher, samples)
+    blocks = score_blocks(risk)
+    passes = GradientPasses(risk, blocks)
+    total = risk.space.empty().zero_()
+    weight = 0.0
+
+    def chosen(one: Pass) -> Iterator[Direction]:
+        yield from directions(one.batch, one.output, fisher, samples, f"{seed}|0")
+
+    with risk.untouched():
+        for batch in risk.batches():
+            weight += 0.0 if risk.loss.reduction == "sum" else float(batch.weight)
+            for found in passes.of(batch, chosen):
+                squares = {block.name: _squares(block, found, total) for block in blocks}
+                total += flat_rows(blocks, squares, risk.space.size)[0]
+                if not bool(torch.isfinite(total.sum())):
+                    found.require_finite()
+    if risk.loss.reduction == "sum":
+        return Diagonal(total, name=f"{fisher} Fisher diagonal")
+    if not weight > 0.0:
+        raise ValueError(
+            "no loss term is valid: every target is ignored, or all weights are zero; "
+            "check ignore_index, class weights and weight="
+        )
+    return Diagonal(total / weight, name=f"{fisher} Fisher diagonal")
+
+
+def _squares(block: ScoreBlock, found: GradientPass, like: Tensor) -> Tensor:
+    """Sums of squares over a pass's examples, ``[1, G, O, I]``."""
+    out = like.new_zeros((1, *block.shape))
+    for at in chunks(block, found, like.dtype):
+        parts = list(terms(block, found, at, like.dtype))
+        if len(parts) == 1 and parts[0].left.is_floating_point():
+            left, right = parts[0].left, parts[0].right
+            way = kfac_squares.route(right.shape[2], block.shape, (False, False))
+            out[0] += kfac_squares.squares(left, right, (None, None), way)
+        elif parts:
+            zeros = like.new_zeros((at.stop - at.start, *block.shape))
+            out[0] += matrices(block, parts, zeros).square_().sum(0)
+    return out
+
+
+def affordable_fisher(risk: Risk) -> str:
+    """The best kind of Fisher matrix whose directions are few: ``"type2"``, else ``"mc"``.
+
+    The exact one takes a backward pass for each of an example's outputs, of which
+    :data:`AFFORDABLE` are few. A loss that is no known likelihood has the empirical one only.
+    """
+    if not risk.loss.known:
+        return "empirical"
+    with risk.untouched(), torch.no_grad():
+        batch = next(risk.batches())
+        output = risk.loss.readable(batch.output(), batch.target)
+    each = output.numel() / max(1, example_count(batch))
+    return "type2" if each <= AFFORDABLE else "mc"
