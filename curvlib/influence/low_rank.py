@@ -136,7 +136,8 @@ class LowRankDirections:
         """Sums ``[m, Q]`` over each query's own of terms ``[m, R]``."""
         first = int(self.ranks[0]) if self.count else 0
         if first and bool((self.ranks == first).all()):
-            return terms.unflatten(1, (-1, first)).sum(-1)
+            own: Tensor = terms.unflatten(1, (-1, first))
+            return own.sum(-1)
         lengths = self.ranks.to(terms.device)
         sums: Tensor = torch.segment_reduce(
             terms.mT.contiguous(), "sum", lengths=lengths, axis=0, initial=0
