@@ -350,17 +350,17 @@ class Window:
         return settings | where | {"rows": rows, "gram": gram}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the rows of a state, bitwise; the newest ones where this window is smaller.
+        """Takes the rows of a state, bitwise and in place; if this is smaller, the newest ones.
 
         Raises:
             ValueError: If the state is that of rows of another length, type or split into parts.
         """
         mine = window_state.settings(self.length, self.size, self.dtype, self.parts)
         window_state.require_alike(mine, state)
-        kept = state["order"][-self.size :]
+        kept, order = window_state.places(state["order"], self.size)
         starts = [start for _, start, _ in self._cuts()]
         window_state.copy_rows(state["rows"], kept, self._blocks, starts)
-        self._order = list(range(len(kept)))
+        self._order = order
         self._rounded = {new for new, old in enumerate(kept) if old in state["rounded"]}
         gram = state["gram"][:, kept][:, :, kept]
         self._gram[:, : self.count, : self.count] = gram.to(self.device)

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from curvlib.operators.window import Window
+from curvlib.operators.window_rows import Rows
 from curvlib.operators.window_system import System
 
 F64 = torch.float64
 
 
-def product(window: Window, system: System, x: Tensor) -> Tensor:
+def product(window: Rows, system: System, x: Tensor) -> Tensor:
     """``F x`` for ``[P, K]``, in two passes."""
     exact = system.extreme
     coefficients = window.inner(x, exact=exact) / system.count
@@ -30,7 +30,7 @@ def product(window: Window, system: System, x: Tensor) -> Tensor:
     return _add_scaled(out, x, system.damping.tolist(), window)
 
 
-def solve(window: Window, system: System, x: Tensor, accuracy: float) -> Tensor | None:
+def solve(window: Rows, system: System, x: Tensor, accuracy: float) -> Tensor | None:
     """``F^{-1} x`` for ``[P, K]``, in two passes, or three where ``accuracy`` asks for it.
 
     Returns:
@@ -54,7 +54,7 @@ def solve(window: Window, system: System, x: Tensor, accuracy: float) -> Tensor 
     return out.to(x.dtype)
 
 
-def solve_row(window: Window, system: System, slot: int, accuracy: float) -> Tensor | None:
+def solve_row(window: Rows, system: System, slot: int, accuracy: float) -> Tensor | None:
     """``F^{-1} g`` for the row in a slot, in one pass.
 
     Returns:
@@ -69,7 +69,7 @@ def solve_row(window: Window, system: System, slot: int, accuracy: float) -> Ten
     return window.combination(coefficients, exact=exact)[:, 0]
 
 
-def powered(window: Window, parts: tuple[Tensor, Tensor, list[float]], x: Tensor) -> Tensor:
+def powered(window: Rows, parts: tuple[Tensor, Tensor, list[float]], x: Tensor) -> Tensor:
     """``F^p x`` for ``[P, K]`` from what :meth:`System.power` returned, in two float64 passes."""
     vectors, weights, outside = parts
     inner = vectors.mT @ window.inner(x, exact=True)
@@ -77,12 +77,12 @@ def powered(window: Window, parts: tuple[Tensor, Tensor, list[float]], x: Tensor
     return _add_scaled(out, x, outside, window).to(x.dtype)
 
 
-def _add_scaled(out: Tensor, x: Tensor, factors: Sequence[float], window: Window) -> Tensor:
+def _add_scaled(out: Tensor, x: Tensor, factors: Sequence[float], window: Rows) -> Tensor:
     for factor, (start, stop) in zip(factors, _bounds(window), strict=True):
         out[start:stop].add_(x[start:stop], alpha=factor)
     return out
 
 
-def _bounds(window: Window) -> Iterator[tuple[int, int]]:
+def _bounds(window: Rows) -> Iterator[tuple[int, int]]:
     """Where each part starts and stops."""
     yield from itertools.pairwise(itertools.accumulate(window.parts, initial=0))

@@ -19,18 +19,39 @@ def settings(length: int, size: int, dtype: torch.dtype, parts: tuple[int, ...])
     return {"length": length, "size": size, "dtype": name, "parts": list(parts)}
 
 
-def require_alike(mine: dict[str, Any], state: dict[str, Any]) -> None:
+def require_alike(mine: dict[str, Any], state: dict[str, Any], more: Sequence[str] = ()) -> None:
     """That rows of a state fit a window with these settings; its size may differ.
+
+    Args:
+        mine: Settings of the window.
+        state: The state, which holds its own.
+        more: Names of settings to compare besides the common ones.
 
     Raises:
         ValueError: If they do not.
     """
-    for key in ("length", "dtype", "parts"):
+    for key in ("length", "dtype", "parts", *more):
         if state.get(key) != mine[key]:
             raise ValueError(
                 f"the state has {key}={state.get(key)!r}, this window has {mine[key]!r}; make the "
                 "window with the arguments of the one that was saved"
             )
+
+
+def places(order: Sequence[int], size: int) -> tuple[list[int], list[int]]:
+    """Which places of a saved window are taken over, and the order of rows in the new places.
+
+    Args:
+        order: Places of the saved rows, oldest first; they are 0 ... count - 1.
+        size: How many rows there is room for.
+
+    Returns:
+        The old place of each new one, and the new places, oldest row first. If all rows fit, new
+        places are the old ones.
+    """
+    if len(order) <= size:
+        return list(range(len(order))), list(order)
+    return list(order[-size:]), list(range(size))
 
 
 def copy_rows(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvlib.core.structured import finite_number
-from curvlib.operators.window import Window
+from curvlib.operators.window_rows import Rows
 from curvlib.operators.window_system import System, absolute_damping, attempt, factorize
 
 #: Factorizations that are kept: dampings that are tried on the same rows.
@@ -22,13 +22,19 @@ class Systems:
         window: The rows.
     """
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Rows) -> None:
         self.window = window
-        self._kept: dict[tuple[float, bool, float], System] = {}
+        self._kept: dict[tuple[float, bool | str, float], System] = {}
         self._version = -1
 
-    def current(self, damping: float, relative: bool, more: float = 0.0) -> System:
+    def current(self, damping: float, relative: bool | str, more: float = 0.0) -> System:
         """The system with a damping, plus ``more`` (absolute), for the present rows.
+
+        Args:
+            damping: Absolute, or a fraction.
+            relative: Whether it is a fraction of the mean diagonal entry, or (``"rows"``) of the
+                mean of the ``c`` eigenvalues that ``c`` rows can have.
+            more: Is added to it.
 
         Raises:
             RuntimeError: If the window is empty, or no damping helps.
@@ -47,11 +53,12 @@ class Systems:
         self._version = window.version
         return self._kept[key]
 
-    def _factorized(self, damping: float, relative: bool, more: float) -> System:
+    def _factorized(self, damping: float, relative: bool | str, more: float) -> System:
         window = self.window
+        sizes = (window.count,) * len(window.parts) if relative == "rows" else window.parts
 
         def absolute(gram: Tensor) -> Tensor:
-            return absolute_damping(gram, damping, window.parts, relative=relative) + more
+            return absolute_damping(gram, damping, sizes, relative=bool(relative)) + more
 
         gram = window.stored_gram().clone()
         if window.rounded:
