@@ -16,6 +16,7 @@ from torch import nn
 
 from curvlib.optim.adahessian import AdaHessian
 from curvlib.optim.shell import CurvatureOptimizer
+from curvlib.optim.sophia import Sophia
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class OptimizerCase:
             is an error.
         tolerance: Relative, in float64, where sums are taken in another order (micro-batches,
             ranks).
+        draws_targets: Whether it draws targets for examples: those of several micro-batches on
+            several ranks are then other ones than those of the joint batch.
     """
 
     name: str
@@ -38,6 +41,7 @@ class OptimizerCase:
     needs_loss: bool = True
     second_order: bool = True
     tolerance: float = 1e-10
+    draws_targets: bool = False
 
 
 def given(model: nn.Module, params: Any) -> Any:
@@ -66,6 +70,24 @@ OPTIMIZERS: list[OptimizerCase] = [
             interval=3,
             probes=2,
             block_size=2,
+        ),
+    ),
+    OptimizerCase(
+        "sophia-g",
+        lambda model, params: Sophia(given(model, params), lr=0.01, rho=1.0, interval=3),
+        second_order=False,
+        draws_targets=True,
+    ),
+    OptimizerCase(
+        "sophia-h",
+        lambda model, params: Sophia(
+            given(model, params),
+            lr=0.01,
+            rho=0.5,
+            estimator="hutchinson",
+            interval=2,
+            probes=2,
+            correct_bias=True,
         ),
     ),
 ]

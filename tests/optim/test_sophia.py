@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import curvlib as cl
-from curvlib.core.loss import read_loss
 from curvlib.core.random import generator_of
 from curvlib.operators.labels import SampledLabels
 from curvlib.operators.live_fisher import sampled_root
@@ -149,20 +148,21 @@ def test_rule_leaves_its_arguments_and_keeps_half_precision_states_wide() -> Non
 
 
 # ------------------------------------------------------- Gauss-Newton-Bartlett, by Monte Carlo
+def root(loss: Tensor, model: nn.Module, seed: int = 0, scale: float = 1.0) -> list[Any]:
+    labels = SampledLabels(1, generator_of(None, seed))
+    return sampled_root(loss, list(model.parameters()), lambda count: labels.uniform, scale)
+
+
 def check_unbiased(
-    model: nn.Module, loss: Any, x: Tensor, y: Tensor, *, draws: int = 4000
+    model: nn.Module, loss: Tensor, exact: Tensor, *, draws: int = 4000
 ) -> tuple[Tensor, Tensor]:
-    """The mean of ``h`` over draws is within its standard errors of diag(GGN); returns both."""
-    model = model.double()
-    exact = cl.ggn(cl.Risk(model, loss, (x, y))).to_dense().diagonal()
+    """The mean of ``h`` over draws is within its standard errors of the exact diagonal."""
     params = list(model.parameters())
     labels = SampledLabels(1, generator_of(None, 3))
-    known = read_loss(loss)
-    output = model(x)
     total, squares = torch.zeros_like(exact), torch.zeros_like(exact)
     for _ in range(draws):
-        found = sampled_root(known, output, y, params, labels.uniform)
-        h = torch.cat([p.reshape(-1) for p in found]).square()
+        v = sampled_root(loss, params, lambda count: labels.uniform)
+        h = torch.cat([p.reshape(-1) for p in v]).square()
         total += h
         squares += h.square()
     mean = total / draws
@@ -172,6 +172,13 @@ def check_unbiased(
     assert float(z.square().mean()) < 2.0
     assert float(stderr.median()) < 0.05 * float(exact.max())  # the test can fail
     return mean, exact
+
+
+def unbiased(model: nn.Module, loss: Any, x: Tensor, y: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
+    """The same, against the dense GGN of curvlib's operator, which its own tests hold exact."""
+    model = model.double()
+    exact = cl.ggn(cl.Risk(model, loss, (x, y))).to_dense().diagonal()
+    return check_unbiased(model, loss(model(x), y), exact, **kw)
 
 
 def classifier() -> nn.Module:
@@ -188,14 +195,18 @@ def labels_of(*shape: int, classes: int = 3, seed: int = 2) -> Tensor:
 
 
 def test_unbiased_for_classes() -> None:
-    check_unbiased(classifier(), nn.CrossEntropyLoss(), data(6, 3), labels_of(6))
+    unbiased(classifier(), nn.CrossEntropyLoss(), data(6, 3), labels_of(6))
 
 
 def test_unbiased_for_weighted_and_smoothed_classes() -> None:
     loss = nn.CrossEntropyLoss(
         weight=torch.tensor([0.2, 1.0, 3.0], dtype=F64), label_smoothing=0.1, ignore_index=2
     )
-    check_unbiased(classifier(), loss, data(6, 3), labels_of(6))
+    unbiased(classifier(), loss, data(6, 3), labels_of(6))
+
+
+def test_unbiased_for_class_probabilities() -> None:
+    unbiased(classifier(), nn.CrossEntropyLoss(), data(6, 3), data(6, 3, seed=3).softmax(1))
 
 
 class Tokens(nn.Module):
@@ -211,111 +222,161 @@ class Tokens(nn.Module):
         return self.head(self.mix(self.embed(tokens))[0]).transpose(1, 2)
 
 
-def test_unbiased_for_tokens_of_which_some_are_ignored() -> None:
+def sequences() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    x = labels_of(4, 6, classes=5)
-    y = labels_of(4, 6, classes=5, seed=3)
+    x, y = labels_of(4, 6, classes=5), labels_of(4, 6, classes=5, seed=3)
     y[0, 2:], y[2, :5] = -100, -100  # 15 of 24 count
-    mean, exact = check_unbiased(Tokens(), nn.CrossEntropyLoss(), x, y)
+    return Tokens().double(), x, y
+
+
+def test_unbiased_for_tokens_of_which_some_are_ignored() -> None:
+    model, x, y = sequences()
+    mean, exact = unbiased(model, nn.CrossEntropyLoss(), x, y)
     factor = float(mean.sum() / exact.sum())
     assert abs(factor - 1.0) < 0.05, factor  # neither examples (4/15) nor all tokens (24/15)
+
+
+def test_all_ways_to_write_a_loss_of_tokens_have_the_same_root() -> None:
+    model, x, y = sequences()
+    logits = model(x)
+    flat, wanted = logits.transpose(1, 2).reshape(-1, 5), y.reshape(-1)
+    mask = (y != -100).double()
+    log_p = logits.transpose(1, 2).log_softmax(-1)
+    picked = log_p.gather(2, y.clamp(min=0)[..., None])[..., 0]
+    ways = {
+        "cross-entropy of flat logits": F.cross_entropy(flat, wanted),
+        "sum over the number of tokens": F.cross_entropy(flat, wanted, reduction="sum") / 15,
+        "masked mean": -(picked * mask).sum() / mask.sum(),
+        "no reduction": F.cross_entropy(flat, wanted, reduction="none").sum() / 15.0,
+        "minus": -(picked * mask).sum().neg() / mask.sum(),
+    }
+    expected = root(F.cross_entropy(logits, y), model, seed=5)
+    for name, loss in ways.items():
+        for a, b in zip(root(loss, model, seed=5), expected, strict=True):
+            torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_unbiased_for_regression_and_binary_targets(reduction: str) -> None:
     x = data(5, 3)
-    check_unbiased(classifier(), nn.MSELoss(reduction=reduction), x, data(5, 3, seed=5))
+    unbiased(classifier(), nn.MSELoss(reduction=reduction), x, data(5, 3, seed=5))
     loss = nn.BCEWithLogitsLoss(
-        pos_weight=torch.tensor([2.0, 0.5, 1.0], dtype=F64), reduction=reduction
+        weight=torch.tensor([1.0, 2.0, 0.5], dtype=F64),
+        pos_weight=torch.tensor([2.0, 0.5, 1.0], dtype=F64),
+        reduction=reduction,
     )
-    check_unbiased(classifier(), loss, x, data(5, 3, seed=5).sign().clamp(min=0))
+    unbiased(classifier(), loss, x, data(5, 3, seed=5).sign().clamp(min=0))
 
 
 def test_unbiased_for_log_probabilities() -> None:
     model = models.log_probabilities(classifier())
-    check_unbiased(model, nn.NLLLoss(), data(6, 3), labels_of(6))
+    unbiased(model, nn.NLLLoss(), data(6, 3), labels_of(6))
 
 
-def test_without_weights_it_is_the_squared_gradient_of_the_mean_sampled_loss() -> None:
-    """h = W g * g with the gradient of cross-entropy at the drawn labels, found by autograd."""
+def test_unbiased_for_a_sum_of_likelihoods_and_a_penalty() -> None:
+    """Two heads and weight decay in the loss: the diagonal of the sum, in closed form parts."""
+    model = classifier().double()
+    x, y, t = data(6, 3), labels_of(6), data(6, seed=7)
+    out = model(x)
+    penalty = sum(p.square().sum() for p in model.parameters())
+    loss = F.cross_entropy(out[:, :2], y.clamp(max=1)) + 0.5 * ((out[:, 2] - t) ** 2).mean()
+    loss = (loss + 0.05 * penalty) / 2
+    first = cl.Risk(
+        model, nn.CrossEntropyLoss(), (x, y.clamp(max=1)), forward=lambda m, b: m(b[0])[:, :2]
+    )
+    second = cl.Risk(model, nn.MSELoss(), (x, t), forward=lambda m, b: m(b[0])[:, 2])
+    exact = (cl.ggn(first) + 0.5 * cl.ggn(second)).to_dense().diagonal() + 0.1
+    check_unbiased(model, loss, exact / 2)
+
+
+def test_it_is_the_squared_gradient_of_the_mean_sampled_loss_times_the_number_of_terms() -> None:
+    """h = B g * g with the gradient of cross-entropy at the drawn labels, found by autograd."""
     model, x = classifier().double(), data(7, 3)
     y = labels_of(7)
     y[3] = -100
     output = model(x)
-    uniform = SampledLabels(1, generator_of(None, 0)).uniform
-    found = sampled_root(
-        read_loss(nn.CrossEntropyLoss()), output, y, list(model.parameters()), uniform
-    )
+    found = root(F.cross_entropy(output, y), model)
     numbers = SampledLabels(1, generator_of(None, 0)).uniform(torch.Size([7]))[0]
     drawn = (output.softmax(1).cumsum(1) <= numbers[:, None]).sum(1).where(y != -100, -100)
-    mean = F.cross_entropy(output, drawn)
-    g = torch.autograd.grad(mean, list(model.parameters()))
+    g = torch.autograd.grad(F.cross_entropy(output, drawn), list(model.parameters()))
     for v, part in zip(found, g, strict=True):
         torch.testing.assert_close(v.square(), 6.0 * part.square())
 
 
-def test_roots_add_up_over_micro_batches() -> None:
+def test_roots_add_up_over_micro_batches_of_any_size() -> None:
     model, x, y = classifier().double(), data(8, 3), labels_of(8)
-    params = list(model.parameters())
-    loss = read_loss(nn.CrossEntropyLoss())
-    whole = sampled_root(loss, model(x), y, params, SampledLabels(1, generator_of(None, 4)).uniform)
+    whole = root(F.cross_entropy(model(x), y), model, seed=4)
     labels = SampledLabels(1, generator_of(None, 4))
     parts = [
-        sampled_root(loss, model(x[at]), y[at], params, labels.uniform)
-        for at in (slice(0, 4), slice(4, 8))
+        sampled_root(
+            F.cross_entropy(model(x[at]), y[at], reduction="sum") / 8,
+            list(model.parameters()),
+            lambda count: labels.uniform,
+        )
+        for at in (slice(0, 3), slice(3, 8))
     ]
     for a, b, v in zip(*parts, whole, strict=True):
-        torch.testing.assert_close((a + b) / math.sqrt(2.0), v)
+        torch.testing.assert_close(a + b, v)
+
+
+def test_the_loss_scale_plays_no_part() -> None:
+    model, x, y = classifier().double(), data(8, 3), labels_of(8)
+    loss = F.cross_entropy(model(x), y)
+    for a, b in zip(root(loss, model), root(loss * 65536.0, model, scale=65536.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
 def test_batches_without_any_term_have_a_root_of_zero() -> None:
     model = classifier()
-    root = sampled_root(
-        read_loss(nn.CrossEntropyLoss()),
-        model(torch.ones(2, 3)),
-        torch.tensor([-100, -100]),
-        list(model.parameters()),
-        SampledLabels(1, generator_of(None, 1)).uniform,
-    )
-    assert all(not part.any() for part in root)
+    y = torch.tensor([-100, -100])
+    loss = F.cross_entropy(model(torch.ones(2, 3)), y, reduction="sum")
+    assert all(not part.any() for part in root(loss, model))
 
 
 def test_half_precision_does_not_underflow() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     x, y = torch.randn(512, 4), labels_of(512)
-    wide, half = model(x), None
+    wide = root(F.cross_entropy(model(x), y), model)
     with torch.autocast("cpu", torch.bfloat16):
-        half = model(x)
-    assert half.dtype == torch.bfloat16
-    loss = read_loss(nn.CrossEntropyLoss())
-    params = list(model.parameters())
-    found = [
-        sampled_root(loss, out, y, params, SampledLabels(1, generator_of(None, 1)).uniform)
-        for out in (wide, half)
-    ]
-    for a, b in zip(*found, strict=True):
-        assert b.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.05 * float(a.abs().max()))
+        half = root(F.cross_entropy(model(x), y), model)
+    pure = model.to(torch.bfloat16)
+    narrow = root(F.cross_entropy(pure(x.bfloat16()), y), pure)
+    for a, b, c in zip(wide, half, narrow, strict=True):
+        assert b.dtype == c.dtype == torch.float32
+        torch.testing.assert_close(b, a, rtol=0.1, atol=0.05 * float(a.abs().max()))
+        torch.testing.assert_close(c, a, rtol=0.1, atol=0.1 * float(a.abs().max()))
 
 
 def test_outputs_that_are_not_finite_are_passed_on() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LogSoftmax(1))
-    output = model(torch.full((2, 2), math.nan))
-    uniform = SampledLabels(1, generator_of(None, 1)).uniform
-    found = sampled_root(
-        read_loss(nn.NLLLoss()), output, labels_of(2), list(model.parameters()), uniform
-    )
-    assert all(part.isnan().any() for part in found)
+    loss = F.nll_loss(model(torch.full((2, 2), math.nan)), labels_of(2))
+    assert all(part.isnan().any() for part in root(loss, model))
 
 
-def test_outputs_without_a_graph_and_freed_graphs_are_named() -> None:
-    model, y = classifier(), labels_of(2)
-    loss, params = read_loss(nn.CrossEntropyLoss()), list(model.parameters())
-    uniform = SampledLabels(1, generator_of(None, 1)).uniform
-    output = model(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="has no graph: it was detached"):
-        sampled_root(loss, output.detach(), y, params, uniform)
-    F.cross_entropy(output, y).backward()
-    with pytest.raises(RuntimeError, match=r"freed by a backward pass.*opt\.backward"):
-        sampled_root(loss, output, y, params, uniform)
+def test_a_single_example_and_logits_that_are_a_parameter() -> None:
+    logits = nn.ParameterList([torch.zeros(3, dtype=F64)])
+    exact = torch.full((3,), 1 / 3 - 1 / 9, dtype=F64)
+    check_unbiased(logits, F.cross_entropy(logits[0], torch.tensor(1)), exact)
+
+
+def test_losses_that_are_no_likelihood_are_named() -> None:
+    model = classifier()
+    out = model(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"not a known function of 'Abs'.*Hutchinson"):
+        root(F.l1_loss(out, torch.zeros(2, 3)).abs(), model)
+    focal = F.cross_entropy(out, labels_of(2), reduction="none")
+    with pytest.raises(ValueError, match="not a known function of 'Mul'"):
+        root((focal * (1 - (-focal).exp())).mean(), model)
+    with pytest.raises(ValueError, match="linear in the parameters, or no likelihood"):
+        root(model[0].weight.sum(), model)
+    with pytest.raises(ValueError, match="not a known function of 'Pow'"):
+        root((out**4).sum(), model)
+
+
+def test_freed_graphs_are_named() -> None:
+    model = classifier()
+    loss = F.cross_entropy(model(torch.ones(2, 3)), labels_of(2))
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"freed before.*opt\.backward"):
+        root(loss, model)

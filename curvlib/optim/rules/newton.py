@@ -96,7 +96,7 @@ def damping(gradient_norm: float, gamma: float, exponent: float = 1.0) -> float:
         >>> damping(4.0, 2.0), damping(4.0, 2.0, 0.5), damping(4.0, math.inf)
         (2.0, 1.0, 0.0)
     """
-    return gradient_norm**exponent / gamma
+    return math.pow(gradient_norm, exponent) / gamma
 
 
 def measured_gamma(trial: Trial, exponent: float = 1.0) -> float:
@@ -117,7 +117,7 @@ def measured_gamma(trial: Trial, exponent: float = 1.0) -> float:
     size = _norm(error)
     if size <= rounding:
         return math.inf
-    return _norm(trial.gradient) ** exponent * _norm(trial.step) / size
+    return math.pow(_norm(trial.gradient), exponent) * _norm(trial.step) / size
 
 
 def accepted(trial: Trial) -> bool:
