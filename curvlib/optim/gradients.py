@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 
-def listed(params: Any) -> list[Any]:
-    """Members of a parameter group, whose one member may stand for itself."""
-    return [params] if isinstance(params, Tensor) else list(params)
+def listed_group(group: Any) -> Any:
+    """A parameter group whose members are a list, which can be read twice; others as they are."""
+    if not isinstance(group, dict) or "params" not in group:
+        return group
+    members = group["params"]
+    return {**group, "params": [members] if isinstance(members, Tensor) else list(members)}
 
 
 def require_parameters(members: list[Any], known: set[int]) -> None:

@@ -42,7 +42,7 @@ from curvlib.optim.gradients import (
     accumulated,
     dense,
     finite,
-    listed,
+    listed_group,
     positive_scale,
     require_parameters,
     versions,
@@ -117,13 +117,9 @@ class CurvatureOptimizer(Optimizer):
         self.keep_graph = False
         self._backwards = 0
         if not isinstance(params, Tensor):  # about which PyTorch complains itself
-            params = list(params)
-            groups = [p for p in params if isinstance(p, dict)]
-            if not groups:
-                empty = not params
-            else:
-                empty = not any(listed(g.get("params", ())) for g in groups)
-            if empty:
+            params = [listed_group(p) for p in params]
+            sizes = [len(p.get("params", "?")) if isinstance(p, dict) else 1 for p in params]
+            if not any(sizes):
                 raise ValueError(
                     f"{type(self).__name__} got no parameters; pass model.parameters(), or groups "
                     "of which one has some"
@@ -191,10 +187,9 @@ class CurvatureOptimizer(Optimizer):
             TypeError: If parameters are no real floating-point tensors.
             ValueError: If one is there already, or for bad hyper-parameters.
         """
+        param_group = listed_group(param_group)
         if "params" in param_group:
-            members = listed(param_group["params"])
-            param_group = {**param_group, "params": members}
-            require_parameters(members, {id(p) for _, p, _ in self.parameters()})
+            require_parameters(param_group["params"], {id(p) for _, p, _ in self.parameters()})
         super().add_param_group(param_group)
         try:
             flag(self.param_groups[-1], "maximize")

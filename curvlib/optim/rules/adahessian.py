@@ -195,7 +195,7 @@ def _displacements(
     b1, b2 = settings.betas
     power = settings.hessian_power
     kept = [1 - b2**m.curvature_updates for m in moments]
-    scales: Sequence[Tensor] = torch._foreach_div([m.curvature for m in moments], kept)
+    scales = list(torch._foreach_div([m.curvature for m in moments], kept))
     if settings.estimand == "rownorm":
         torch._foreach_sqrt_(scales)
     else:
