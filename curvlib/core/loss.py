@@ -93,7 +93,7 @@ class Loss:
             TypeError: If the loss is not a tensor.
         """
         if self.known:
-            return self._known_total(self.readable(output, target), target)
+            return self._known(self.readable(output, target), target, "sum")
         value = self.function(output, target)
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -107,7 +107,16 @@ class Loss:
             )
         return value if self.reduction == "sum" else value * terms
 
-    def _known_total(self, output: Tensor, target: Tensor) -> Tensor:
+    def each(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss terms of one batch for a known loss: of the target's shape, or ``[n, ...]``.
+
+        Args:
+            output: What :meth:`readable` returned.
+            target: What the loss compares it with.
+        """
+        return self._known(output, target, "none")
+
+    def _known(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
         weight = None if self.weight is None else self.weight.to(output)
         if self.kind == "cross_entropy":
             return F.cross_entropy(
@@ -115,18 +124,18 @@ class Loss:
                 target,
                 weight,
                 ignore_index=self.ignore_index,
-                reduction="sum",
+                reduction=reduction,
                 label_smoothing=self.label_smoothing,
             )
         if self.kind == "nll":
             return F.nll_loss(
-                output, target, weight, ignore_index=self.ignore_index, reduction="sum"
+                output, target, weight, ignore_index=self.ignore_index, reduction=reduction
             )
         if self.kind == "mse":
-            return F.mse_loss(output, target, reduction="sum")
+            return F.mse_loss(output, target, reduction=reduction)
         pos_weight = None if self.pos_weight is None else self.pos_weight.to(output)
         return F.binary_cross_entropy_with_logits(
-            output, target, weight, pos_weight=pos_weight, reduction="sum"
+            output, target, weight, pos_weight=pos_weight, reduction=reduction
         )
 
     def terms(self, target: Tensor) -> Tensor | float:
