@@ -37,7 +37,8 @@ def parted(name: str) -> tuple[cl.Risk, list[tuple[cl.Risk, float]]] | None:
         ones = alone(risk)
         total = sum(float(one.value()) * weight for one, weight in ones if weight)
     except ValueError as reason:
-        assert "examples" in str(reason) or "Expected more than 1 value" in str(reason), reason
+        if "examples" not in str(reason) and "Expected more than 1 value" not in str(reason):
+            raise
         return None
     expected = float(risk.value()) * risk.weight()
     return (risk, ones) if abs(total - expected) <= 1e-9 * abs(expected) else None
