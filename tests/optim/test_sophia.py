@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ import curvlib as cl
 from curvlib.core.random import generator_of
 from curvlib.operators.labels import SampledLabels
 from curvlib.operators.live_fisher import sampled_root
+from curvlib.optim.draws import signs
 from curvlib.optim.rules import sophia as rule
+from curvlib.optim.sophia import Sophia
+from curvlib.optim.target_draws import TargetDraws
 from tests import models
 
 F64 = torch.float64
@@ -154,7 +158,7 @@ def root(loss: Tensor, model: nn.Module, seed: int = 0, scale: float = 1.0) -> l
 
 
 def check_unbiased(
-    model: nn.Module, loss: Tensor, exact: Tensor, *, draws: int = 4000
+    model: nn.Module, loss: Tensor, exact: Tensor, *, draws: int = 3000
 ) -> tuple[Tensor, Tensor]:
     """The mean of ``h`` over draws is within its standard errors of the exact diagonal."""
     params = list(model.parameters())
@@ -380,3 +384,154 @@ def test_freed_graphs_are_named() -> None:
     loss.backward()
     with pytest.raises(RuntimeError, match=r"freed before.*opt\.backward"):
         root(loss, model)
+
+
+# -------------------------------------------------------------------------------- the optimizer
+def vector(parts: Any) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in parts])
+
+
+def flat_loss(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss as a function of the flat parameters."""
+    names = [n for n, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+
+    def loss(theta: Tensor) -> Tensor:
+        parts = theta.split([s.numel() for s in shapes])
+        named = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, named, (x,)), y)
+
+    return loss
+
+
+@pytest.mark.parametrize("estimator", ["gauss_newton", "hutchinson"])
+def test_trajectory_is_a_plain_rederivation_with_the_same_probes(estimator: str) -> None:
+    model, seed, rho, lr, decay = classifier().double(), 11, 0.3, 0.02, 0.1
+    opt = Sophia(
+        model.parameters(),
+        lr=lr,
+        rho=rho,
+        weight_decay=decay,
+        estimator=estimator,
+        interval=3,
+        seed=seed,
+    )
+    theta = vector(model.parameters())
+    twin = classifier().double()
+    m, h, updates = torch.zeros_like(theta), torch.zeros_like(theta), 0
+    for t in range(10):
+        x, y = data(6, 3, seed=t), labels_of(6, seed=t)
+        y[t % 6] = -100
+        loss = flat_loss(twin, x, y)
+        g = torch.autograd.functional.jacobian(loss, theta)
+        if t % 3 == 0:
+            if estimator == "hutchinson":
+                z = vector(signs(p, seed, updates, 0, i) for i, p in enumerate(model.parameters()))
+                estimate = z * (torch.autograd.functional.hessian(loss, theta) @ z)
+            else:
+                numbers = TargetDraws(seed, updates, 0).batch(6)(torch.Size([6]))[0]
+                with torch.no_grad():
+                    p = model(x).softmax(1)
+                drawn = (p.cumsum(1) <= numbers[:, None]).sum(1).where(y != -100, -100)
+                sampled = torch.autograd.functional.jacobian(flat_loss(twin, x, drawn), theta)
+                estimate = 5.0 * sampled.square()
+            h = 0.99 * h + 0.01 * estimate
+            updates += 1
+        m = 0.965 * m + 0.035 * g
+        ratio = m / (rho * h).clamp(min=1e-12)
+        theta = theta * (1 - lr * decay) - lr * ratio.clamp(-1, 1)
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        torch.testing.assert_close(vector(model.parameters()), theta, rtol=1e-11, atol=1e-12)
+        assert opt.clipped == [float((ratio.abs() >= 1).double().mean())]
+    assert opt.clock.curvature_updates == updates == 4
+
+
+def test_averaged_curvature_converges_to_the_diagonal_of_the_ggn() -> None:
+    """With a learning rate of zero, and more probes, both averages approach the exact diagonal."""
+    x, y = data(8, 3), labels_of(8)
+    for estimator, exact in (("gauss_newton", cl.ggn), ("hutchinson", cl.hessian)):
+        model = classifier().double()
+        diagonal = exact(cl.Risk(model, nn.CrossEntropyLoss(), (x, y))).to_dense().diagonal()
+        opt = Sophia(
+            model.parameters(),
+            lr=0.0,
+            betas=(0.0, 0.99),
+            estimator=estimator,
+            interval=1,
+            probes=4,
+        )
+        for _ in range(500):
+            opt.step(lambda model=model: F.cross_entropy(model(x), y))
+        found = vector(opt.state[p]["curvature"] for p in model.parameters())
+        error = (found - diagonal).norm() / diagonal.norm()
+        assert float(error) < 0.1, (estimator, error)  # 4 * 199 probes count in effect
+
+
+def test_clipping_statistics_are_of_each_group() -> None:
+    model = classifier()
+    opt = Sophia(
+        [
+            {"params": model[0].parameters(), "rho": 1e-12},
+            {"params": model[2].parameters(), "rho": 1e12},
+            {"params": [torch.zeros(2, requires_grad=True)]},
+        ],
+        lr=1e-3,
+    )
+    assert opt.clipped == []
+    opt.step(lambda: F.cross_entropy(model(torch.ones(4, 3)), labels_of(4)))
+    always, never, none = opt.clipped
+    assert (always, never) == (1.0, 0.0)
+    assert math.isnan(none)
+
+
+def test_a_step_is_never_longer_than_the_learning_rate() -> None:
+    model = classifier()
+    opt = Sophia(model.parameters(), lr=0.01, weight_decay=0.0)
+    for t in range(12):
+        before = vector(model.parameters())
+        opt.step(lambda t=t: F.cross_entropy(model(data(6, 3, seed=t).float()), labels_of(6)))
+        assert float((vector(model.parameters()) - before).abs().max()) <= 0.01 * (1 + 1e-4)
+
+
+def test_targets_are_those_of_the_joint_batch_however_it_is_split() -> None:
+    whole = TargetDraws(3, 4, 0).batch(10)(torch.Size([5, 2]))
+    parts = TargetDraws(3, 4, 0)
+    split = [parts.batch(4)(torch.Size([2, 2])), parts.batch(6)(torch.Size([3, 2]))]
+    assert torch.equal(torch.cat(split, 1), whole)
+    other = TargetDraws(3, 4, 1).batch(10)(torch.Size([5, 2]))
+    assert not torch.isclose(whole, other).any()
+
+
+def test_bad_arguments() -> None:
+    model = classifier()
+    with pytest.raises(ValueError, match="estimator= is one of 'gauss_newton', 'hutchinson'"):
+        Sophia(model.parameters(), estimator="empirical")
+    with pytest.raises(ValueError, match="interval= is at least 1, got 0"):
+        Sophia(model.parameters(), interval=0)
+    with pytest.raises(TypeError, match="correct_bias= is True or False, got int"):
+        Sophia(model.parameters(), correct_bias=1)
+    with pytest.raises(ValueError, match="rho= is above 0"):
+        Sophia(model.parameters(), rho=0.0)
+    opt = Sophia(model.parameters())
+    with pytest.raises(ValueError, match=r"not a known function of 'Abs'.*Hutchinson"):
+        opt.step(lambda: F.l1_loss(model(torch.ones(2, 3)), torch.zeros(2, 3)).abs())
+    assert opt.clock.steps == 0
+
+
+def test_states_of_the_other_estimator_are_refused() -> None:
+    model = classifier()
+    state = Sophia(model.parameters()).state_dict()
+    opt = Sophia(model.parameters(), estimator="hutchinson")
+    with pytest.raises(ValueError, match="averages of estimator='gauss_newton'.*has 'hutchinson'"):
+        opt.load_state_dict(state)
+
+
+def test_a_language_model_that_computes_its_own_loss() -> None:
+    """As Hugging Face models do: nothing but the loss is needed."""
+    torch.manual_seed(0)
+    model = models.HuggingFaceLike()
+    tokens = labels_of(4, 4, classes=5)
+    opt = Sophia(model.parameters(), lr=0.02, rho=1.0, weight_decay=0.0, interval=2)
+    losses = [float(opt.step(lambda: model(tokens, tokens).loss)) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert opt.skipped == 0
