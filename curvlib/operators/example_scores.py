@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.core.batch import Batch
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, some_examples
 from curvlib.operators.query_directions import BlockDirections

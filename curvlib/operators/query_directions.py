@@ -65,6 +65,7 @@ class DenseDirections:
         matrices: ``[Q, G, O, I]``.
 
     Example:
+        >>> import torch
         >>> D = DenseDirections(torch.eye(2).view(1, 1, 2, 2))
         >>> left, right = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0, 4.0]]]])
         >>> D.contract(left, right), D.contract_tokens(left, right)

@@ -1,0 +1,392 @@
+r"""Influence functions: which training examples a prediction rests on.
+
+The score of training example ``n`` for query ``q`` is
+
+.. math:: s_{qn} = g_q^\top (H + \lambda I)^{-1} g_n
+
+with the gradients of the *summed* loss terms of each and the curvature ``H`` of the training risk
+(Koh and Liang, "Understanding black-box predictions via influence functions", 2017, equation 2;
+with EK-FAC: Grosse et al., "Studying large language model generalization with influence
+functions", 2023, equation 30). It is positive for proponents.
+
+In nats: at a minimum of :math:`R(\theta) = \frac1W \sum_n L_n(\theta)`, with the total weight ``W``
+of the loss terms, leaving out example ``n`` moves the parameters by
+:math:`+\frac1W H^{-1} g_n` to first order, and so raises the query's loss by :math:`s_{qn} / W`
+(``W = 1`` for losses with ``reduction="sum"``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.risk import Risk
+from curvlib.core.run import Progress, run
+from curvlib.core.space import ParamSelection
+from curvlib.influence.arguments import numbers, opponents
+from curvlib.influence.directions import Directions, direction_parts
+from curvlib.influence.kept import kept, top_influence
+from curvlib.influence.preconditioner import preconditioner
+from curvlib.influence.queries import fitting_directions, query_risk, risk_on
+from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
+from curvlib.influence.scan import Scan, ScanState, inverse
+from curvlib.operators.example_scores import example_gradients_by_layers, example_scores
+
+_UNITS = ("inner_product", "nats")
+_NORMALIZE = (None, "self", "gradient")
+#: Bytes that gradients of examples may take for self-influence.
+MEMORY = 2**28
+
+
+class Influence:
+    """Influence of training examples on queries.
+
+    Args:
+        model: The model; left as it is. Put it into ``eval()`` mode.
+        loss: Its loss: see :class:`curvlib.Risk`.
+        train_data: Batches that can be iterated again.
+        curvature: ``"ekfac"`` (the default), ``"kfac"``, ``"diagonal"``, ``"identity"``, or an
+            operator: a fitted :class:`curvlib.KFAC` of the same model and data, or any with as many
+            rows as there are parameters (by its ``solve``, else by conjugate gradients).
+        params: Parameters, if not all.
+        forward: As of :class:`curvlib.Risk`, as are
+        target: this,
+        weight: this,
+        reduction: this and
+        device: this.
+        damping: Default: 0.1, relative; for operators with a damping of their own none on top.
+        relative: Whether ``damping`` is a fraction of the mean eigenvalue (of each block of a
+            K-FAC, of the whole of others) or absolute.
+        unit: ``"inner_product"`` or ``"nats"``.
+        fit: Settings of :func:`curvlib.kfac` (or ``fisher=``, ``samples=``, ``seed=`` of the
+            diagonal). By default, the Fisher matrix is exact (``"type2"``) where an example has at
+            most 64 outputs, else sampled (``"mc"``), and parameters outside of layers that have
+            Kronecker factors have a diagonal.
+        progress: Whether to show bars: see :data:`curvlib.core.run.Progress`.
+
+    Attributes:
+        risk: The training data's risk, of the parameters that scores are about.
+        preconditioner: The damped inverse curvature.
+        unit: The unit of scores.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is unknown, no layer has Kronecker factors, or an operator is of
+            another model or other data.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0], [2.0], [-1.0]]).double()
+        >>> model = torch.nn.Linear(1, 1, bias=False).double()
+        >>> loss = torch.nn.MSELoss()
+        >>> inf = Influence(model, loss, (x, x), curvature="identity", progress=False)
+        >>> top = inf.top((x[:1], x[:1]), k=1)
+        >>> top.indices.tolist()  # the largest gradient in the same direction
+        [[1]]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        train_data: Any,
+        curvature: str | LinearOperator | None = None,
+        *,
+        params: ParamSelection = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        target: Callable[[Any], Any] | None = None,
+        weight: Callable[[Any], Any] | None = None,
+        reduction: str | None = None,
+        device: torch.device | str | None = None,
+        damping: float | None = None,
+        relative: bool = True,
+        unit: str = "inner_product",
+        fit: Mapping[str, Any] | None = None,
+        progress: Progress = None,
+    ) -> None:
+        risk = Risk(
+            model,
+            loss,
+            train_data,
+            forward=forward,
+            target=target,
+            weight=weight,
+            reduction=reduction,
+            params=params,
+            device=device,
+        )
+        self._set(risk, curvature, damping, relative, unit, fit, progress)
+
+    @classmethod
+    def of(
+        cls,
+        risk: Risk,
+        curvature: str | LinearOperator | None = None,
+        *,
+        damping: float | None = None,
+        relative: bool = True,
+        unit: str = "inner_product",
+        fit: Mapping[str, Any] | None = None,
+        progress: Progress = None,
+    ) -> Influence:
+        """Influence of the examples of a risk; arguments as of the class.
+
+        Raises:
+            TypeError: If ``risk`` is no risk.
+            ValueError: As the class.
+        """
+        if not isinstance(risk, Risk):
+            raise TypeError(f"Influence.of takes a Risk, got {type(risk).__name__}")
+        out = cls.__new__(cls)
+        out._set(risk, curvature, damping, relative, unit, fit, progress)
+        return out
+
+    def _set(
+        self,
+        risk: Risk,
+        curvature: str | LinearOperator | None,
+        damping: float | None,
+        relative: bool,
+        unit: str,
+        fit: Mapping[str, Any] | None,
+        progress: Progress,
+    ) -> None:
+        if unit not in _UNITS:
+            raise ValueError(f"unit= is one of {', '.join(map(repr, _UNITS))}, got {unit!r}")
+        if unit == "nats" and curvature == "identity":
+            raise ValueError(
+                "unit='nats' predicts what removing an example does, for which curvature is "
+                "needed; use curvature='ekfac', or unit='inner_product'"
+            )
+        self.risk, self.preconditioner = preconditioner(
+            risk, curvature, damping, relative=relative, fit=fit or {}, progress=progress
+        )
+        self.unit = unit
+        self.progress = progress
+        self._factor = 1.0 / risk.weight() if unit == "nats" else 1.0
+
+    def __repr__(self) -> str:
+        own = self.preconditioner
+        kind = "relative" if own.relative else "absolute"
+        return f"Influence({own.name}, damping={own.damping:g} {kind}, {self.unit}, {self.risk!r})"
+
+    # ------------------------------------------------------------------- scores
+    def scores(
+        self,
+        query: Any,
+        train: Any = None,
+        *,
+        measurement: Callable[[Any, Any], Tensor] | None = None,
+        query_reduction: str | None = None,
+        normalize: str | None = None,
+        per_layer: bool = False,
+        rank: int | None = None,
+        tolerance: float | None = None,
+    ) -> InfluenceScores:
+        """Scores of all training examples, ``[Q, N]``, in memory.
+
+        Args:
+            query: Batches of the training data's kind, or a :class:`curvlib.Risk`.
+            train: Other examples than the training data: batches, or a risk.
+            measurement: What is explained of the queries instead of their loss: a function of
+                ``(output, target)`` that returns the *sum* over a batch's examples.
+            query_reduction: ``"sum"`` or ``"mean"`` makes one query of all.
+            normalize: ``"gradient"`` divides by the norm of the training example's gradient;
+                ``"self"`` by the root of its self-influence (RelatIF: Barshan et al., 2020).
+            per_layer: Whether to keep the parts of layers, too.
+            rank: Rank of compressed directions of queries.
+            tolerance: Their relative error: see :func:`curvlib.influence.compression.compressed`.
+
+        Raises:
+            TypeError: If an argument is of another type.
+            ValueError: If an argument is unknown, queries are of other shapes than the training
+                data, or examples depend on each other.
+            FloatingPointError: If scores are not finite; names the layer.
+        """
+        risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
+        own = self.preconditioner
+        directions = fitting_directions(queries, self.risk, own, query_reduction, rank, tolerance)
+        scan = self._scan(risk, directions, 1, 0, normalize)
+        parts, layers = [], []
+        for part in example_scores(risk, directions, norms=scan.by_norm):
+            parts.append(scan.values(part))
+            if per_layer:
+                own = part.layers * scan.factors(part)[:, None, None]
+                layers.append(own.transpose(0, 1).cpu())
+        return InfluenceScores(
+            scores=torch.cat(parts, 1),
+            per_layer=torch.cat(layers, 1) if per_layer else None,
+            layers=tuple(directions),
+            settings={
+                "query_reduction": query_reduction,
+                "normalize": normalize,
+                "rank": rank,
+                "tolerance": tolerance,
+            },
+            **self._provenance(normalize),
+        )
+
+    def self_scores(self, train: Any = None) -> SelfInfluence:
+        r"""Influence of examples on themselves, :math:`g_n^\top (H + \lambda I)^{-1} g_n`, ``[N]``.
+
+        Args:
+            train: Other examples than the training data: batches, or a risk.
+        """
+        risk = risk_on(self.risk, train)
+        each = risk.space.size * risk.space.dtype.itemsize
+        rows = example_gradients_by_layers(risk, block=max(1, MEMORY // max(1, 3 * each)))
+        found = [self.preconditioner.squares(part).cpu() for part in rows]
+        return SelfInfluence(scores=torch.cat(found) * self._factor, **self._provenance(None))
+
+    def top(
+        self,
+        query: Any,
+        k: int = 50,
+        bottom: int | None = None,
+        train: Any = None,
+        *,
+        measurement: Callable[[Any, Any], Tensor] | None = None,
+        query_reduction: str | None = None,
+        normalize: str | None = None,
+        per_layer: bool = True,
+        per_token: bool = True,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        rescore: bool = True,
+        chosen: Iterable[int] | Tensor | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        save_every: float = 30.0,
+    ) -> TopInfluence:
+        """The ``k`` strongest proponents and opponents of each query, in one streamed pass.
+
+        Memory is independent of the number of training examples. A second, short pass over the
+        examples that are kept gives their layers and tokens.
+
+        Args:
+            query: As of :meth:`scores`, as are ``train``, ``measurement``, ``query_reduction``,
+                ``normalize``, ``rank`` and ``tolerance``.
+            k: Proponents.
+            bottom: Opponents; ``k`` when omitted.
+            train: See ``query``.
+            measurement: See ``query``.
+            query_reduction: See ``query``.
+            normalize: See ``query``.
+            per_layer: Whether to return the parts of layers.
+            per_token: Whether to return the parts of training tokens.
+            rank: See ``query``.
+            tolerance: See ``query``.
+            rescore: With compressed directions: whether twice as many are kept by the scan, and
+                ranked by uncompressed ones.
+            chosen: Numbers of the only examples to scan (a prefilter's).
+            checkpoint: A file to save the scan to, and to continue from where it exists.
+            save_every: Seconds between saves.
+
+        Raises:
+            TypeError: If an argument is of another type.
+            ValueError: If ``k`` is not positive or more than there are examples; or as
+                :meth:`scores`.
+            FloatingPointError: As :meth:`scores`.
+        """
+        below = opponents(k, bottom)
+        only = numbers(chosen)
+        risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
+        own = self.preconditioner
+        directions = fitting_directions(queries, self.risk, own, query_reduction, rank, tolerance)
+        again = rescore and (rank is not None or tolerance is not None)
+        more = 2 if again else 1
+        scan = self._scan(risk, directions, more * k, more * below, normalize, only)
+        settings = {
+            "k": k,
+            "bottom": below,
+            "query_reduction": query_reduction,
+            "normalize": normalize,
+            "rank": rank,
+            "tolerance": tolerance,
+            "rescore": again,
+        }
+        state = run(
+            scan.init,
+            scan.step,
+            state_type=ScanState,
+            done=lambda state: state.done,
+            report=scan.report,
+            title="influence",
+            checkpoint=checkpoint,
+            problem=lambda: self._problem(risk, queries, only),
+            settings=settings | {"unit": self.unit},
+            save_every=save_every,
+            progress=self.progress,
+        )
+        if max(k, below) > state.examples:
+            raise ValueError(
+                f"{max(k, below)} examples were asked for, but only {state.examples} were scored; "
+                "pass a smaller k= (and bottom=), or more data"
+            )
+        parts: Iterator[Directions] = iter([directions])
+        if again:
+            parts = direction_parts(queries, own, reduction=query_reduction)
+        sides = kept(
+            scan,
+            state,
+            parts,
+            (k, below),
+            rescored=again,
+            layers=per_layer,
+            tokens=per_token,
+        )
+        return top_influence(
+            sides,
+            state,
+            layers=tuple(directions),
+            settings=settings,
+            rescored=again,
+            provenance=self._provenance(normalize),
+        )
+
+    # ------------------------------------------------------------------- private
+    def _scan(
+        self,
+        risk: Risk,
+        directions: Directions,
+        k: int,
+        bottom: int,
+        normalize: str | None,
+        chosen: Tensor | None = None,
+    ) -> Scan:
+        if normalize not in _NORMALIZE:
+            names = ", ".join(map(repr, _NORMALIZE))
+            raise ValueError(f"normalize= is one of {names}, got {normalize!r}")
+        if normalize is not None and self.unit == "nats":
+            raise ValueError("normalized scores are not in nats; use unit='inner_product'")
+        scales = None
+        if normalize == "self":
+            scales = inverse(self.self_scores(risk).scores.clamp(min=0.0).sqrt())
+        return Scan(
+            risk,
+            directions,
+            k=k,
+            bottom=bottom,
+            factor=self._factor,
+            scales=scales,
+            by_norm=normalize == "gradient",
+            chosen=chosen,
+        )
+
+    def _problem(self, risk: Risk, queries: Risk, chosen: Tensor | None) -> str:
+        """What a checkpoint of a scan belongs to."""
+        own = [risk.fingerprint(), queries.fingerprint(), self.preconditioner.fingerprint()]
+        return "|".join([*own, "" if chosen is None else digest([chosen])])
+
+    def _provenance(self, normalize: str | None) -> dict[str, Any]:
+        return {
+            "unit": self.unit if normalize is None else "normalized",
+            "sign": SIGN,
+            "curvature": self.preconditioner.name,
+            "damping": self.preconditioner.damping,
+            "relative": self.preconditioner.relative,
+        }

@@ -1,0 +1,165 @@
+"""From what a scan kept to proponents and opponents: ranked again, with layers and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.influence.details import Details, details
+from curvlib.influence.directions import Directions
+from curvlib.influence.result import TopInfluence
+from curvlib.influence.scan import Ranked, Scan, ScanState, ranked
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Examples of each query, best first.
+
+    Attributes:
+        indices: Their numbers, ``[Q, k]``.
+        scores: Their scores.
+        layers: Parts of layers, ``[Q, k, B]``, or ``None``.
+        tokens: Parts of tokens, ``[Q, k, T]``, or ``None``.
+        counts: Tokens of each example, ``[Q, k]``, or ``None``.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    layers: Tensor | None
+    tokens: Tensor | None
+    counts: Tensor | None
+
+
+def kept(
+    scan: Scan,
+    state: ScanState,
+    parts: Iterator[Directions],
+    counts: tuple[int, int],
+    *,
+    rescored: bool,
+    layers: bool,
+    tokens: bool,
+) -> tuple[Kept, Kept]:
+    """Proponents and opponents.
+
+    Args:
+        scan: The scan.
+        state: Its last state.
+        parts: Directions of some queries at a time, all queries together.
+        counts: How many proponents and opponents.
+        rescored: Whether they are ranked by these directions, not by what the scan found.
+        layers: Whether to find the parts of layers.
+        tokens: Whether to find those of tokens.
+    """
+    found = None
+    if rescored or layers or tokens:
+        indices = torch.cat([state.top_indices, state.bottom_indices], 1)
+        found = _details(scan, parts, indices, tokens=tokens)
+    width = state.top_indices.shape[1]
+    sides = []
+    for count, own, where, descending in (
+        (counts[0], Ranked(state.top_indices, state.top_scores), slice(0, width), True),
+        (counts[1], Ranked(state.bottom_indices, state.bottom_scores), slice(width, None), False),
+    ):
+        parts_of = None if found is None else _side(found, where)
+        if rescored and parts_of is not None:
+            own, parts_of = _reranked(own.indices, parts_of, count, descending=descending)
+        sides.append(
+            Kept(
+                own.indices,
+                own.scores,
+                parts_of.layers if parts_of is not None and layers else None,
+                parts_of.tokens if parts_of is not None and tokens else None,
+                parts_of.counts if parts_of is not None and tokens else None,
+            )
+        )
+    return sides[0], sides[1]
+
+
+def _details(scan: Scan, parts: Iterator[Directions], indices: Tensor, *, tokens: bool) -> Details:
+    found, start = [], 0
+    for directions in parts:
+        stop = start + next(iter(directions.values())).count
+        found.append(
+            details(
+                scan.risk,
+                directions,
+                indices[start:stop],
+                scan.factors,
+                tokens=tokens,
+                norms=scan.by_norm,
+            )
+        )
+        start = stop
+    width = max(part.tokens.shape[2] for part in found)
+    wide = [torch.nn.functional.pad(p.tokens, (0, width - p.tokens.shape[2])) for p in found]
+    return Details(
+        torch.cat([part.scores for part in found]),
+        torch.cat([part.layers for part in found]),
+        torch.cat(wide),
+        torch.cat([part.counts for part in found]),
+    )
+
+
+def _side(found: Details, at: slice) -> Details:
+    return Details(
+        found.scores[:, at], found.layers[:, at], found.tokens[:, at], found.counts[:, at]
+    )
+
+
+def _reranked(
+    indices: Tensor, found: Details, count: int, *, descending: bool
+) -> tuple[Ranked, Details]:
+    """The best by their new scores, ties by the smaller number."""
+    order = indices.argsort(1)
+    best = ranked(found.scores.gather(1, order), count, descending=descending)
+    where = order.gather(1, best.indices)
+    return Ranked(indices.gather(1, where), best.scores), found.taken(where)
+
+
+def top_influence(
+    sides: tuple[Kept, Kept],
+    state: ScanState,
+    *,
+    layers: tuple[str, ...],
+    settings: dict[str, Any],
+    rescored: bool,
+    provenance: dict[str, Any],
+) -> TopInfluence:
+    """The result of a search.
+
+    Args:
+        sides: Proponents and opponents.
+        state: The last state of the scan.
+        layers: Names of the blocks.
+        settings: Settings, by name.
+        rescored: Whether scores are those of uncompressed directions.
+        provenance: Unit, sign and curvature.
+    """
+    high, low = sides
+    mean = state.total / state.examples
+    variance = state.squares / state.examples - mean.square()
+    return TopInfluence(
+        indices=high.indices,
+        scores=high.scores,
+        per_layer=high.layers,
+        per_token=high.tokens,
+        token_counts=high.counts,
+        bottom_indices=low.indices,
+        bottom_scores=low.scores,
+        bottom_per_layer=low.layers,
+        bottom_per_token=low.tokens,
+        bottom_token_counts=low.counts,
+        layers=layers,
+        mean=mean,
+        std=variance.clamp_(min=0.0).sqrt_(),
+        sample=state.sample_scores,
+        examples=state.examples,
+        rescored=rescored,
+        settings=settings,
+        **provenance,
+    )

@@ -1,0 +1,121 @@
+"""The queries' risk, and what is wrong where they do not fit the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from curvlib.core.data import tensors
+from curvlib.core.loss import read_loss
+from curvlib.core.risk import Risk
+from curvlib.influence.compression import compressed, require_compression
+from curvlib.influence.directions import Directions, query_directions
+from curvlib.influence.low_rank import joined
+from curvlib.influence.preconditioner import Preconditioner
+
+
+def risk_on(risk: Risk, data: Any) -> Risk:
+    """The risk on other data: itself for ``None``, and a risk of the same parameters as it is.
+
+    Raises:
+        ValueError: If a risk is given that has other parameters.
+    """
+    if data is None:
+        return risk
+    if not isinstance(data, Risk):
+        return risk.on(data)
+    if [id(p) for p in data.params.values()] != [id(p) for p in risk.params.values()]:
+        absent = [name for name, p in risk.params.items() if not _holds(data, p)]
+        if absent:
+            raise ValueError(
+                f"expected a risk of the same model, but it has not the parameters {absent[:6]} of "
+                "the training data's; make it with the same model and params="
+            )
+        return data.restrict(list(risk.params.values()))
+    return data
+
+
+def _holds(risk: Risk, param: Tensor) -> bool:
+    return any(held is param for held in risk.params.values())
+
+
+def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor] | None) -> Risk:
+    """The risk whose examples are the queries.
+
+    Args:
+        risk: The training data's.
+        query: Batches, or a risk.
+        measurement: What is explained instead of the loss: a sum over examples, unless it says.
+
+    Raises:
+        TypeError: If ``measurement`` is no function, or comes with a risk.
+    """
+    if measurement is None:
+        return risk_on(risk, query)
+    if isinstance(query, Risk):
+        raise TypeError(
+            "measurement= comes with batches of queries; a Risk has its own loss: pass "
+            "Risk(model, measurement, data, reduction='sum') alone"
+        )
+    loss = read_loss(measurement)
+    declared = loss.known or isinstance(getattr(measurement, "reduction", None), str)
+    return Risk(
+        risk.model,
+        measurement,
+        query,
+        forward=risk.take_output,
+        target=risk.take_target,
+        weight=risk.take_weight,
+        reduction=None if declared else "sum",
+        params=list(risk.params.values()),
+        device=risk.device,
+    )
+
+
+def misfit(queries: Risk, train: Risk) -> str | None:
+    """How the first batch of queries differs in its shapes from the training data's, if it does."""
+    mine, others = (_shapes(r) for r in (queries, train))
+    if mine == others:
+        return None
+    return (
+        f"the queries have examples of {mine}, but the training data of {others}; pass batches of "
+        "the same kind"
+    )
+
+
+def _shapes(risk: Risk) -> str:
+    for batch in risk.batches():
+        each = [f"{list(t.shape[1:])} ({t.dtype})" for t in tensors(batch.data)]
+        return "shapes " + ", ".join(each)
+    return "no shape"
+
+
+def fitting_directions(
+    queries: Risk,
+    train: Risk,
+    preconditioner: Preconditioner,
+    reduction: str | None,
+    rank: int | None,
+    tolerance: float | None,
+) -> Directions:
+    """Directions of queries, compressed or not.
+
+    Raises:
+        ValueError: If queries cannot go through the model, and differ from the training data.
+    """
+    require_compression(rank, tolerance)
+    keep = None
+    if rank is not None or tolerance is not None:
+        keep = partial(compressed, rank=rank, tolerance=tolerance)
+    try:
+        return query_directions(
+            queries, preconditioner, reduction=reduction, keep=keep, join=joined
+        )
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        why = misfit(queries, train)
+        if why is None:
+            raise
+        raise ValueError(f"{why} ({error})") from error
