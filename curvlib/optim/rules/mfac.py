@@ -1,0 +1,107 @@
+r"""M-FAC's update rule: preconditioned directions, trusted up to a length, with momentum.
+
+With the direction :math:`u_t = F_t^{-1} g_t` of the newest row of a window of ``c`` gradients,
+
+.. math::
+
+    v_t = \mu v_{t-1} + \min\!\left(1, \sqrt{\kappa / q_t}\right) u_t, \qquad
+    \theta_t = (1 - \eta w)\, \theta_{t-1} - \eta v_t, \qquad
+    q_t = u_t^\top F_t u_t = g_t^\top F_t^{-1} g_t .
+
+Weight decay ``w`` is decoupled: it is no part of ``g`` and never enters the window, where it would
+pass for curvature.
+
+**Trust.** :math:`q` is the squared length of the direction in the metric ``F`` (twice the
+Kullback-Leibler divergence of a unit step, to second order, if ``F`` is the Fisher matrix). Let
+:math:`g = G^\top e` be a row of the window and :math:`K = \lambda c I + G G^\top`. By push-through
+:math:`F^{-1} g = c\, G^\top K^{-1} e`, so
+
+.. math:: q = c\, e^\top G G^\top K^{-1} e = c\, e^\top (K - \lambda c I) K^{-1} e
+            = c \left(1 - \lambda c\, [K^{-1}]_{ee}\right) < c,
+
+since :math:`K^{-1}` is positive definite: it comes with the solve, and no direction is longer than
+:math:`\sqrt c \le \sqrt m`, however small the damping. With :math:`\kappa \ge m` nothing is ever
+clipped. Its mean over the rows is :math:`\mathrm{tr}\, F^{-1} (F - \lambda I)`, the effective
+dimension. With one window for each tensor, :math:`q` is the sum of theirs.
+
+E. Frantar, E. Kurtic and D. Alistarh, *M-FAC: Efficient matrix-free approximations of second-order
+information*, NeurIPS 2021, whose rule has neither trust nor decoupled decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def init(parameter: Tensor) -> Tensor:
+    """Momentum before the first step: zeros in its shape (float32 for half precision)."""
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    return torch.zeros_like(
+        parameter,
+        dtype=torch.float32 if half else None,
+        memory_format=torch.preserve_format,
+        requires_grad=False,
+    )
+
+
+def trust_factor(quadratic: float, trust: float | None) -> float:
+    r""":math:`\min(1, \sqrt{\kappa / q})`.
+
+    Args:
+        quadratic: :math:`q = g^\top F^{-1} g`.
+        trust: :math:`\kappa`; ``None`` for no bound.
+
+    Example:
+        >>> trust_factor(16.0, 4.0), trust_factor(1.0, 4.0), trust_factor(16.0, None)
+        (0.5, 1.0, 1.0)
+    """
+    if trust is None or quadratic <= trust:
+        return 1.0
+    return math.sqrt(trust / quadratic)
+
+
+def update(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    factor: float = 1.0,
+) -> None:
+    r"""One step, in place: changes parameters and momenta; directions are used up.
+
+    Args:
+        parameters: Where they are, any shapes.
+        directions: :math:`F^{-1} g`, in their shapes.
+        momenta: Those before, in their shapes; empty without momentum.
+        lr: :math:`\eta`.
+        momentum: :math:`\mu`.
+        weight_decay: ``w``, decoupled.
+        factor: Of directions, from :func:`trust_factor`.
+
+    Example:
+        >>> p, u = torch.ones(2), torch.tensor([1.0, 2.0])
+        >>> update([p], [u], [], lr=0.5, momentum=0.0, weight_decay=0.2)
+        >>> p
+        tensor([ 0.4000, -0.1000])
+    """
+    steps = list(directions)
+    if not steps:
+        return
+    if factor != 1.0:
+        torch._foreach_mul_(steps, factor)
+    if momentum:
+        kept = list(momenta)
+        torch._foreach_mul_(kept, momentum)
+        torch._foreach_add_(kept, steps)
+        steps = kept
+    changed = list(parameters)
+    if weight_decay:
+        torch._foreach_mul_(changed, 1.0 - lr * weight_decay)
+    torch._foreach_add_(changed, steps, alpha=-lr)
