@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from curvlib.optim.adahessian import AdaHessian
+from curvlib.optim.mfac import MFAC
 from curvlib.optim.shell import CurvatureOptimizer
 from curvlib.optim.sophia import Sophia
 
@@ -89,5 +90,25 @@ OPTIMIZERS: list[OptimizerCase] = [
             probes=2,
             correct_bias=True,
         ),
+    ),
+    OptimizerCase(
+        "mfac",
+        lambda model, params: MFAC(given(model, params), lr=0.03, size=3, weight_decay=0.01),
+        needs_loss=False,
+        second_order=False,
+    ),
+    OptimizerCase(
+        "mfac, tensors",
+        lambda model, params: MFAC(
+            given(model, params), lr=0.01, size=4, window="tensor", trust=None, momentum=0.0
+        ),
+        needs_loss=False,
+        second_order=False,
+    ),
+    OptimizerCase(
+        "mfac, compressed",
+        lambda model, params: MFAC(given(model, params), lr=0.02, size=3, compression=0.3),
+        needs_loss=False,
+        second_order=False,
     ),
 ]
