@@ -49,6 +49,7 @@ from curvlib.operators.row_masks import Mask
 
 _SHARING = ("expand", "reduce")
 _REST = ("exclude", "diagonal")
+_GATES = ("joint", "separate")
 
 
 class KFAC(Kronecker):
@@ -241,6 +242,7 @@ def kfac(
     rest: str = "exclude",
     dense_norms: bool = False,
     max_side: int = 8192,
+    gates: str = "joint",
     dtype: torch.dtype | None = None,
     progress: Progress = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -250,9 +252,11 @@ def kfac(
 
     Covered are the weights and biases of ``Linear``, ``Conv1d``, ``Conv2d``, ``Conv3d`` (groups,
     dilation, every padding), ``Embedding``, ``LayerNorm``, ``RMSNorm``, ``GroupNorm``,
-    ``BatchNorm`` (in eval mode) and Hugging Face's ``Conv1D``. Weights that are shared, and modules
-    that are called several times, count with the sum of all uses. What is not covered is listed
-    with its reason: see :meth:`KFAC.coverage`.
+    ``BatchNorm`` (in eval mode) and Hugging Face's ``Conv1D``; of ``LSTM``, ``GRU``, ``RNN`` and
+    their cells, through their gates, and of the projections of ``MultiheadAttention``, which are
+    run again step by step (:mod:`curvlib.operators.hidden_maps`). Weights that are shared, and
+    modules that are called several times, count with the sum of all uses. What is not covered is
+    listed with its reason: see :meth:`KFAC.coverage`.
 
     Args:
         risk: Model, loss, data and parameters. Examples must be independent, which is checked.
@@ -274,6 +278,9 @@ def kfac(
         dense_norms: Whether blocks of normalization layers are dense, ``[2d, 2d]``, and exact;
             otherwise diagonal.
         max_side: Layers' sides that are longer (vocabularies) have a diagonal factor.
+        gates: ``"joint"``: the gates of a recurrent weight have one left factor, ``[4H, 4H]`` for
+            an LSTM, the K-FAC of the concatenated weight; ``"separate"``: one each, ``[H, H]``, as
+            if gates were uncorrelated, with eigendecompositions that are 16 times cheaper.
         dtype: Type of the operator: float32 or float64. Default: that of the parameters' vectors.
             Eigendecompositions are in float64.
         progress: Whether to show a bar, or a function: see :data:`curvlib.core.run.Progress`.
@@ -308,14 +315,18 @@ def kfac(
         raise ValueError(f"sharing= is one of {', '.join(map(repr, _SHARING))}, got {sharing!r}")
     if rest not in _REST:
         raise ValueError(f"rest= is one of {', '.join(map(repr, _REST))}, got {rest!r}")
+    if gates not in _GATES:
+        raise ValueError(f"gates= is one of {', '.join(map(repr, _GATES))}, got {gates!r}")
     if dtype not in (None, torch.float32, torch.float64):
         raise TypeError(f"dtype= is torch.float32 or torch.float64, got {dtype}")
     if params is not None:
         risk = risk.restrict(params)
-    layers, uncovered = factored_layers(risk, dense_norms=dense_norms, max_side=max_side)
+    layers, uncovered = factored_layers(
+        risk, dense_norms=dense_norms, max_side=max_side, gates=gates
+    )
     _require_some(bool(layers), uncovered)
     settings = FitSettings(
-        fisher, samples, seed, sharing, eigen_corrected, rest, dtype or risk.space.dtype
+        fisher, samples, seed, sharing, eigen_corrected, rest, dtype or risk.space.dtype, gates
     )
     fit = Fit(risk, layers, uncovered, settings, mask, safe=checkpoint is not None)
     state = fitted(fit, checkpoint=checkpoint, save_every=save_every, progress=progress)
@@ -351,6 +362,6 @@ def _require_some(some: bool, uncovered: dict[str, str]) -> None:
         why = "; ".join(f"{name!r}: {reason}" for name, reason in uncovered.items())
         raise ValueError(
             f"no parameter has Kronecker-factored curvature ({why}); select those of Linear, "
-            "convolution, Embedding or normalization layers with params=, or use a diagonal "
-            "operator"
+            "convolution, Embedding, recurrent, attention or normalization layers with params=, or "
+            "use a diagonal operator"
         )

@@ -44,6 +44,7 @@ class FitSettings:
         eigen_corrected: Whether there is a second pass, for corrected eigenvalues.
         rest: ``"exclude"`` or ``"diagonal"``.
         dtype: Type of the factors.
+        gates: ``"joint"`` or ``"separate"``.
     """
 
     fisher: str
@@ -53,6 +54,7 @@ class FitSettings:
     eigen_corrected: bool
     rest: str
     dtype: torch.dtype
+    gates: str = "joint"
 
 
 @dataclass(frozen=True, eq=False)

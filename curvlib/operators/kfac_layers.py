@@ -12,6 +12,10 @@ role           modules                              gradient of an example
                                                     \sum_t g_t]`, one row
 =============  ===================================  ========================================
 
+Of the role ``matrix`` are also the linear maps *inside* of recurrent modules and of
+``MultiheadAttention`` (:mod:`curvlib.operators.hidden_maps`), each a layer with the name of the
+module and of the map, ``"lstm.hh_l0"``.
+
 with the inputs :math:`a_t`, the gradients :math:`g_t` with respect to the outputs, the indices
 :math:`v_t` and the normalized inputs :math:`\hat x_t`. A weight that several modules share is one
 layer, also where an embedding shares it with a linear head. Everything else is *uncovered*, with
@@ -20,16 +24,15 @@ the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.core.kronecker_blocks import Part
-from curvlib.core.space import ParamSpace
+from curvlib.operators.hidden_owners import HiddenGroup, HiddenOwners
 from curvlib.operators.layer_inputs import Layer, layer_of
+from curvlib.operators.layer_parameters import Parameters
 
 #: Normalization layers with the weight's axes at the end of the input, and with channels on axis 1.
 _TRAILING = (nn.LayerNorm, nn.RMSNorm)
@@ -39,22 +42,6 @@ _CHANNELS = (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
 )
-
-
-class Parameters(Protocol):
-    """A model and some of its parameters: a :class:`~curvlib.core.risk.Risk`, for one."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-
-    @property
-    def params(self) -> Mapping[str, Tensor]:
-        """The parameters, by name."""
-
-    @property
-    def space(self) -> ParamSpace:
-        """Their space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +58,7 @@ class FactoredLayer:
         parts: Where the columns lie in the flat vector.
         left_dense: Whether the left factor is dense, or diagonal.
         right_dense: Whether the right factor is.
+        maps: Of linear maps inside of the modules: the key of the map in each module.
     """
 
     name: str
@@ -82,6 +70,7 @@ class FactoredLayer:
     parts: tuple[Part, ...]
     left_dense: bool
     right_dense: bool
+    maps: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,7 +84,7 @@ class FactoredLayer:
 
 
 def factored_layers(
-    risk: Parameters, *, dense_norms: bool, max_side: int
+    risk: Parameters, *, dense_norms: bool, max_side: int, gates: str = "joint"
 ) -> tuple[list[FactoredLayer], dict[str, str]]:
     """The factored layers of a risk's parameters, and why the other parameters are in none.
 
@@ -103,12 +92,25 @@ def factored_layers(
         risk: Model and parameters.
         dense_norms: Whether blocks of normalization layers are dense, or diagonal.
         max_side: Sides that are longer have a diagonal factor.
+        gates: Whether the gates of recurrent modules have one left factor (``"joint"``) or one
+            each (``"separate"``).
     """
+    inside = HiddenOwners(risk)
     layers: list[FactoredLayer] = []
     uncovered: dict[str, str] = {}
     joined: set[str] = set()
     for name in risk.space.names:
         if name in joined:
+            continue
+        if name in inside:
+            reason = inside.unfit(name)
+            if reason:
+                uncovered[name] = reason
+            found_inside = () if reason else inside.layers_of(name, separate=gates == "separate")
+            for own in found_inside:
+                limited = _sides(_inside(risk, own), dense_norms, max_side)
+                layers.append(limited)
+                joined.update(limited.names)
             continue
         owners = _owners(risk, risk.params[name])
         keys = {key for _, key in owners}
@@ -163,7 +165,8 @@ def _unfit(owners: list[tuple[nn.Module, str]], keys: set[str]) -> str:
     if None in roles:
         return (
             f"it belongs to {kinds}; factored are Linear, Conv1d, Conv2d, Conv3d, Embedding, "
-            "normalization layers and Hugging Face's Conv1D with their own forward passes"
+            "normalization layers and Hugging Face's Conv1D with their own forward passes, "
+            "recurrent modules and MultiheadAttention"
         )
     if keys not in ({"weight"}, {"bias"}):
         return f"it is {', '.join(sorted(map(repr, keys)))} of {kinds}, neither weight nor bias"
@@ -221,6 +224,30 @@ def _layer(
         parts.append(Part(space.slice(bias).start, size if roles[0] == "scale" else 1))
     pairs = tuple(zip(modules, roles, strict=True))
     return FactoredLayer(name, kind, weight, bias, pairs, shape, tuple(parts), True, True)
+
+
+def _inside(risk: Parameters, own: HiddenGroup) -> FactoredLayer:
+    """The layer of a linear map inside of modules, with dense sides."""
+    first, space = own.maps[0], risk.space
+    parts = []
+    if own.weight is not None:
+        start = space.slice(own.weight).start + first.first * first.width
+        parts.append(Part(start, first.width))
+    if own.bias is not None:
+        parts.append(Part(space.slice(own.bias).start + first.bias_first, 1))
+    shape = (own.groups, first.outputs // own.groups, sum(part.columns for part in parts))
+    return FactoredLayer(
+        name=own.name,
+        kind=" and ".join(sorted({type(module).__name__ for module in own.modules})),
+        weight=own.weight,
+        bias=own.bias,
+        modules=tuple((module, "matrix") for module in own.modules),
+        shape=shape,
+        parts=tuple(parts),
+        left_dense=True,
+        right_dense=True,
+        maps=tuple(found.key for found in own.maps),
+    )
 
 
 def _outputs(layer: Layer) -> int:

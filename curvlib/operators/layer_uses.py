@@ -2,6 +2,7 @@ r"""What layers get and give in a forward pass, example by example.
 
 Hooks note the inputs of factored layers, and the edges of the graph at their outputs, at which
 gradients are asked for afterwards (an edge stays where it is when the output is changed in place).
+Modules with linear maps inside are run again in the open: :mod:`curvlib.operators.hidden_calls`.
 
 The gradient of example ``n`` is a sum over the *rows* of a layer's input that belong to it, so it
 must be known which do. A layer whose input has the examples along its first axis (or folded into
@@ -27,6 +28,7 @@ from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, one_example
+from curvlib.operators.hidden_calls import HiddenCall, HiddenUse, layers_inside, noted
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_inputs import positions
@@ -49,6 +51,7 @@ class Use:
         keep: Which rows count for factors, bool ``[N, T]``, or ``None`` for all.
         given: Whether ``x`` holds rows already, ``[G, N, T, I]``, and gradients are
             ``[G, N, T, O]``: of products that are inside a module, where no hook sees them.
+        inside: Where the gradients of such a product come from.
     """
 
     layer: str
@@ -60,6 +63,7 @@ class Use:
     shape: tuple[int, ...]
     keep: Tensor | None
     given: bool = False
+    inside: HiddenUse | None = None
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -101,7 +105,10 @@ class Pass:
     def gradients(self, direction: Direction) -> list[Tensor | None]:
         """Gradients at the outputs of all uses, ``None`` where none arrives."""
         tensor, cotangent = direction
+        calls = {id(u.inside.call): u.inside for u in self.uses if u.inside is not None}
         edges = [use.edge for use in self.uses if use.edge is not None]
+        for inside in calls.values():
+            edges += [edge for edge in inside.call.edges if edge is not None]
         if not edges:
             return [None] * len(self.uses)
         found = iter(
@@ -113,7 +120,19 @@ class Pass:
                 allow_unused=True,
             )
         )
-        return [None if use.edge is None else next(found) for use in self.uses]
+        own = [None if use.edge is None else next(found) for use in self.uses]
+        if not calls:
+            return own
+        pulled = {
+            key: inside.unrolled.pulled(
+                [None if edge is None else next(found) for edge in inside.call.edges]
+            )
+            for key, inside in calls.items()
+        }
+        return [
+            given if u.inside is None else u.inside.gradient(pulled[id(u.inside.call)])
+            for u, given in zip(self.uses, own, strict=True)
+        ]
 
     def require_unchanged(self) -> None:
         """Raises RuntimeError if an input was changed in place after its layer had read it."""
@@ -156,6 +175,7 @@ class Watcher:
         named = {name: risk.params[name] for layer in layers for name in layer.names}
         self.uses = WeightUses(named)
         self.calls = dict.fromkeys((layer.name for layer in layers), 0)
+        self._hidden = layers_inside(self.layers)
         self._verified: set[Any] = set()
 
     def passes(self, batch: Batch) -> Iterator[Pass]:
@@ -183,7 +203,8 @@ class Watcher:
             return True
         single = self._single(found.batch, n)
         same = [u.layer for u in single.uses] == [u.layer for u in found.uses] and all(
-            _close(_rows_of(a, n)[-1], b.x) for a, b in zip(found.uses, single.uses, strict=True)
+            _close(_last_rows(a, n), _last_rows(b, 1))
+            for a, b in zip(found.uses, single.uses, strict=True)
         )
         if same:
             self._verified.add(signature)
@@ -213,7 +234,7 @@ class Watcher:
             ) from error
 
     def _run(self, batch: Batch, *, counted: bool) -> Pass:
-        uses: list[Use] = []
+        uses: list[Use | HiddenCall] = []
         kept = None if self.mask is None else row_mask(self.mask, batch.data)
         n = example_count(batch)
         with self._hooked(uses, kept, n, counted=counted):
@@ -222,16 +243,25 @@ class Watcher:
                     output = batch.output()
             else:
                 output = batch.output()
-        return Pass(batch, output, tuple(uses), n)
+        found: list[Use] = []
+        for use in uses:
+            if isinstance(use, HiddenCall):
+                found += self._inside(use, kept, n, counted=counted)
+            else:
+                found.append(use)
+        return Pass(batch, output, tuple(found), n)
 
     @contextmanager
     def _hooked(
-        self, uses: list[Use], kept: Tensor | None, n: int, *, counted: bool
+        self, uses: list[Use | HiddenCall], kept: Tensor | None, n: int, *, counted: bool
     ) -> Iterator[None]:
         handles = []
         try:
+            for module in self._hidden:
+                hook = _noting_call(uses)
+                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
             for layer in self.layers:
-                for module, role in layer.modules:
+                for module, role in () if layer.maps else layer.modules:
                     hook = self._noting(layer, role, uses, kept, n, counted)
                     handles.append(
                         module.register_forward_hook(hook, prepend=True, with_kwargs=True)
@@ -245,7 +275,7 @@ class Watcher:
         self,
         layer: FactoredLayer,
         role: str,
-        uses: list[Use],
+        uses: list[Use | HiddenCall],
         kept: Tensor | None,
         n: int,
         counted: bool,
@@ -266,10 +296,55 @@ class Watcher:
 
         return note
 
+    def _inside(
+        self, call: HiddenCall, kept: Tensor | None, n: int, *, counted: bool
+    ) -> Iterator[Use]:
+        """Uses of the layers inside of a module, in one call."""
+        own = self._hidden[call.module]
+        unrolled = call.unrolled(next(iter(own.values())).name, graph=counted)
+        for place, hidden in enumerate(unrolled.maps):
+            layer = own.get(hidden.key)
+            if layer is None:
+                continue
+            if counted:
+                self.calls[layer.name] += 1
+            inside = HiddenUse(call, unrolled, place, layer.shape[0])
+            x, keep = inside.inputs, inside.keep
+            if kept is not None:
+                given = mask_at(kept.to(x.device), tuple(x.shape[1:3]), layer.name)
+                keep = given if keep is None or given is None else keep & given
+            folded = keep is not None and n > 0 and keep.numel() % n == 0
+            keep = keep.reshape(n, -1) if folded and keep is not None else None
+            shape = (*x.shape[:3], hidden.outputs // len(x))
+            yield Use(
+                layer.name,
+                call.module,
+                "matrix",
+                x,
+                x._version,
+                None,
+                shape,
+                keep,
+                given=True,
+                inside=inside,
+            )
 
-def _rows_of(use: Use, n: int) -> Tensor:
-    """The input with the examples along its first axis, folded rows and all else flattened."""
-    return use.x.reshape(n, -1)
+
+def _noting_call(uses: list[Use | HiddenCall]) -> Any:
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        uses.append(noted(module, args, kwargs, output))
+
+    return note
+
+
+def _last_rows(use: Use, n: int) -> Tensor:
+    """Inputs of the last example, examples along the first axis or folded into it."""
+    x = use.x[0] if use.given else use.x
+    own = x.reshape(n, -1)[-1]
+    if use.inside is None or use.inside.keep is None:
+        return own
+    keep = use.inside.keep.reshape(n, -1)[-1]  # of sequences of several lengths
+    return own.reshape(len(keep), -1)[keep]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -47,38 +47,29 @@ def test_what_is_uncovered_is_listed() -> None:
 
 def test_what_is_uncovered_gets_a_diagonal() -> None:
     for fisher, oracle in FISHERS.items():
-        model = seeded(nn.Sequential(nn.GRU(3, 2, batch_first=True), _Last(), nn.Linear(2, 2)))
-        risk = cl.Risk(model, nn.CrossEntropyLoss(), (draw(3, 2, 3), torch.tensor([0, 1, 1])))
+        model = seeded(nn.Sequential(_Pairs(), nn.Linear(2, 2)))
+        risk = cl.Risk(model, nn.CrossEntropyLoss(), (draw(3, 3), torch.tensor([0, 1, 1])))
         K = kfac(risk, fisher=fisher, rest="diagonal")
         F = oracle(risk)
-        assert torch.allclose(K.diagonal()[:42], F.diagonal()[:42], rtol=1e-9)
+        assert torch.allclose(K.diagonal()[:20], F.diagonal()[:20], rtol=1e-9)
         assert math.isclose(K.trace(), float(F.trace()), rel_tol=1e-10)
-        assert K.coverage().by_type == {"GRU": (0, 42), "Linear": (6, 6)}
-        assert "it belongs to GRU; factored are Linear" in K.coverage().uncovered["0.weight_ih_l0"]
+        assert K.coverage().by_type == {"Bilinear": (0, 20), "Linear": (6, 6)}
+        why = K.coverage().uncovered["0.pairs.weight"]
+        assert "it belongs to Bilinear; factored are Linear" in why
         assert "(diagonal instead)" in str(K.coverage())
-        assert torch.isfinite(K.solve(torch.ones(48, dtype=F64))).all()
+        assert torch.isfinite(K.solve(torch.ones(26, dtype=F64))).all()
         plain = kfac(risk, fisher=fisher, rest="diagonal", eigen_corrected=False)
-        assert torch.allclose(plain.diagonal()[:42], F.diagonal()[:42], rtol=1e-9)
+        assert torch.allclose(plain.diagonal()[:20], F.diagonal()[:20], rtol=1e-9)
 
 
-class _Last(nn.Module):
-    def forward(self, x: Any) -> Tensor:
-        out: Tensor = x[0][:, -1]
+class _Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.pairs(x, x)
         return out
-
-
-def test_projections_inside_of_attention_are_listed() -> None:
-    """PyTorch's own attention reads them past its modules; linear projections are covered."""
-    model = seeded(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True))
-    risk = cl.Risk(model, nn.MSELoss(), (draw(3, 2, 4), draw(3, 2, 4, seed=1)))
-    found = kfac(risk).coverage()
-    assert set(found.uncovered) == {
-        f"self_attn.{n}"
-        for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-    }
-    assert "it belongs to MultiheadAttention" in found.uncovered["self_attn.in_proj_weight"]
-    assert found.uncovered["self_attn.out_proj.weight"] == "its module was never called"
-    assert found.by_type["Linear"] == (76, 76)
 
 
 def test_masks_that_do_not_fit() -> None:
@@ -262,13 +253,9 @@ def test_errors_of_arguments() -> None:
 
 
 def test_errors_of_models() -> None:
-    gru = cl.Risk(
-        seeded(nn.Sequential(nn.GRU(3, 2, batch_first=True), _Last())),
-        nn.MSELoss(),
-        (draw(3, 2, 3), draw(3, 2)),
-    )
+    pairs = cl.Risk(seeded(_Pairs()), nn.MSELoss(), (draw(3, 3), draw(3, 2)))
     with pytest.raises(ValueError, match="no parameter has Kronecker-factored curvature"):
-        kfac(gru)
+        kfac(pairs)
     norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
     with pytest.raises(ValueError, match="cannot go through the model alone .Expected more than 1"):
         kfac(cl.Risk(norm, nn.MSELoss(), (draw(4, 3), draw(4, 2))))
