@@ -112,7 +112,8 @@ def gradient_and_products(
         loss: A scalar with its graph.
         params: Leaves that require gradients.
         vectors: Vectors to multiply; each is one tensor per parameter, of its shape.
-        keep_graph: Whether the graph of ``loss`` is used again afterwards; otherwise it is freed.
+        keep_graph: Whether the graph of ``loss`` is used again afterwards; otherwise all of it
+            that products pass through is freed.
         verify: Whether the graph is searched for functions marked ``@once_differentiable``, whose
             second derivatives PyTorch leaves out silently (some microseconds per operation; the
             first batch of a training run is enough).
