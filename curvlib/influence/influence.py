@@ -209,8 +209,7 @@ class Influence:
             FloatingPointError: If scores are not finite; names the layer.
         """
         risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
-        own = self.preconditioner
-        directions = fitting_directions(queries, self.risk, own, query_reduction, rank, tolerance)
+        directions = fitting_directions(queries, self.risk, self.preconditioner, query_reduction, rank, tolerance)
         scan = self._scan(risk, directions, 1, 0, normalize)
         parts, layers = [], []
         for part in example_scores(risk, directions, norms=scan.by_norm):

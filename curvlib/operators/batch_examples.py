@@ -17,12 +17,15 @@ from curvlib.core.examples import chosen_examples
 def example_count(batch: Batch) -> int:
     """Number of examples: of targets, or of inputs where each has several targets."""
     rows = batch.examples
-    leads = [tensor.shape[0] for tensor in tensors(batch.data) if tensor.ndim]
+    held = [tensor for tensor in tensors(batch.data) if tensor.ndim]
+    leads = [tensor.shape[0] for tensor in held]
     if not leads or all(lead == rows for lead in leads):
         return rows
     first = leads[0]
+    if first == 1:  # one example, if its tokens are the targets
+        return 1 if held[0].shape[1:2] == (rows,) or len(set(leads)) == 1 else rows
     folded = first > 0 and all(size % first == 0 for size in [rows, *leads])
-    return first if folded and (first > 1 or len(set(leads)) == 1) else rows
+    return first if folded else rows
 
 
 def one_example(batch: Batch, index: int) -> Batch:
