@@ -16,10 +16,45 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from curvlib.optim.adahessian import AdaHessian
 from tests.optim.cases import OPTIMIZERS
-from tests.optim.small import batches, by_backward, by_closure, loss_of, net, train, weights
+from tests.optim.small import (
+    batches,
+    by_backward,
+    by_closure,
+    by_observe,
+    loss_of,
+    net,
+    train,
+    weights,
+)
 
 STEPS = 4
+
+
+def uneven(rank: int) -> list[object]:
+    """What happens where ranks do different things."""
+    w, rare = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    opt = AdaHessian([w, rare], lr=0.1)
+    opt.step(lambda: w.cos().sum() + (rare.cos().sum() if rank else 0.0))  # unused on one rank
+    moved = bool((rare != 1).all())
+    message = ""
+    rare.requires_grad_(bool(rank))
+    opt = AdaHessian([w, rare], lr=0.1)
+    opt.backward(w.cos().sum(), sync=False)
+    try:
+        opt.step()
+    except RuntimeError as error:
+        message = str(error)
+    return [moved, message]
+
+
+def wrapped(data: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """DistributedDataParallel averages gradients, ``observe`` gathers curvature."""
+    model = net()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    opt = AdaHessian(model.parameters(), lr=0.02, interval=2)
+    return train(opt, parallel, data, by_observe)
 
 
 def main(rank: int, meeting: str, results: str) -> None:
@@ -46,6 +81,8 @@ def main(rank: int, meeting: str, results: str) -> None:
         except Exception:  # noqa: BLE001, PERF203  # the parent shows it
             found[case.name, "error"] = traceback.format_exc()
             break  # the ranks may be out of step
+    found["uneven"] = uneven(rank)
+    found["ddp"] = wrapped(data)
     torch.save(found, f"{results}.{rank}")
     dist.destroy_process_group()
 
