@@ -34,8 +34,9 @@ from curvlib.core.forward import has_compiled
 from curvlib.core.loss import Loss
 from curvlib.core.space import ParamSelection, ParamSpace, select
 from curvlib.operators.coverage import Coverage, coverage_of
+from curvlib.operators.hidden_calls import HiddenReplay, layers_inside
 from curvlib.operators.kfac_layers import factored_layers
-from curvlib.operators.layer_replay import ModuleCall, Replay
+from curvlib.operators.layer_replay import ModuleCall
 from curvlib.operators.layer_uses import Use
 from curvlib.operators.live_labels import pulled_back, require_samplable, require_terms
 from curvlib.operators.recorded import Recorded
@@ -64,7 +65,7 @@ class _Call:
     """A call of a layer's module, or of a module that is replayed, and where its gradients go."""
 
     use: Use | None
-    replay: tuple[Replay, ModuleCall] | None
+    replay: tuple[HiddenReplay, ModuleCall] | None
     slots: slice
 
 
@@ -98,7 +99,8 @@ class LayerRecorder:
         output: Function of what the model returns, to the tensor that the loss reads.
         dense_norms: As in :func:`curvlib.kfac`.
         max_side: As in :func:`curvlib.kfac`.
-        replays: Modules whose products no hook sees: see :class:`Replay`.
+        gates: Whether the gates of recurrent modules have one left factor, ``"joint"``, or one
+            each, ``"separate"``.
 
     Attributes:
         layers: The factored layers.
@@ -135,7 +137,7 @@ class LayerRecorder:
         output: Callable[[Any], Any] | None = None,
         dense_norms: bool = False,
         max_side: int = 8192,
-        replays: Sequence[Replay] = (),
+        gates: str = "joint",
     ) -> None:
         chosen = select(model, params)
         if has_compiled(model):
@@ -154,15 +156,12 @@ class LayerRecorder:
         self.draw = 0
         self.output = output
         self._held = _Model(model, chosen, ParamSpace.from_named(chosen))
-        layers, uncovered = factored_layers(self._held, dense_norms=dense_norms, max_side=max_side)
-        self.replays = tuple(replays)
-        for replay in self.replays:
-            more, others = replay.layers(self._held)
-            names = {name for layer in more for name in layer.names} | others.keys()
-            layers = [layer for layer in layers if not names & set(layer.names)] + more
-            uncovered = {n: why for n, why in uncovered.items() if n not in names} | others
+        layers, uncovered = factored_layers(
+            self._held, dense_norms=dense_norms, max_side=max_side, gates=gates
+        )
         self.layers = tuple(layers)
         self.uncovered = uncovered
+        self.replays = [HiddenReplay(m, own) for m, own in layers_inside(layers).items()]
         self.called = dict.fromkeys((layer.name for layer in self.layers), 0)
         self._handles: list[RemovableHandle] = []
         self._passes: list[_Pass] = []
@@ -185,7 +184,7 @@ class LayerRecorder:
         begin = ModuleHook(me, "_begin")
         handles.append(model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
         for layer in self.layers:
-            for module, role in layer.modules:
+            for module, role in () if layer.maps else layer.modules:
                 note = ModuleHook(me, "_note", layer.name, role)
                 handles.append(module.register_forward_hook(note, prepend=True, with_kwargs=True))
         for replay in self.replays:
@@ -206,6 +205,21 @@ class LayerRecorder:
         """Hands over passes whose gradients have come, and forgets the others."""
         self.hand_over()
         self._passes.clear()
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """The parameters, by name."""
+        return self._held.params
+
+    @property
+    def space(self) -> ParamSpace:
+        """Their space."""
+        return self._held.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that sums over rows need: float64 for a model of float64, else float32."""
+        return self._held.space.dtype
 
     def coverage(self) -> Coverage:
         """Which parameters are in factored layers, and why the others are not."""
@@ -244,7 +258,7 @@ class LayerRecorder:
         self.called[layer] += 1
 
     def _note_replay(
-        self, replay: Replay, _: nn.Module, args: Any, kwargs: Any, output: Any
+        self, replay: HiddenReplay, _: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         outputs = tuple(tensors(output))
         if not torch.is_grad_enabled() or in_backward():
@@ -345,7 +359,7 @@ class LayerRecorder:
                     x = inner.inputs
                     shape = tuple(inner.gradients[0].shape)
                     use = Use(
-                        inner.layer, replay.module, "matrix", x, x._version, None, shape, None
+                        inner.layer, replay.module, "matrix", x, x._version, None, shape, inner.keep
                     )
                     uses.append(replace(use, given=True))
                     self.called[inner.layer] += 1

@@ -78,6 +78,8 @@ def detached(values: Any) -> Any:
     """Tensors, however nested, without their graphs."""
     if isinstance(values, Tensor):
         return values.detach()
+    if isinstance(values, tuple) and hasattr(values, "_fields"):  # a PackedSequence, too
+        return type(values)(*map(detached, values))
     if isinstance(values, (tuple, list)):
         return tuple(detached(value) for value in values)
     if isinstance(values, Mapping):

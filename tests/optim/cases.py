@@ -16,6 +16,7 @@ from torch import nn
 
 from curvlib.optim.adahessian import AdaHessian
 from curvlib.optim.mfac import MFAC
+from curvlib.optim.kfac import KFAC
 from curvlib.optim.shell import CurvatureOptimizer
 from curvlib.optim.sophia import Sophia
 
@@ -93,22 +94,95 @@ OPTIMIZERS: list[OptimizerCase] = [
     ),
     OptimizerCase(
         "mfac",
-        lambda model, params: MFAC(given(model, params), lr=0.03, size=3, weight_decay=0.01),
+        lambda model, params: MFAC(given(model, params), size=3, weight_decay=0.01),
         needs_loss=False,
         second_order=False,
     ),
     OptimizerCase(
         "mfac, tensors",
         lambda model, params: MFAC(
-            given(model, params), lr=0.01, size=4, window="tensor", trust=None, momentum=0.0
+            given(model, params),
+            lr=0.01,
+            size=4,
+            window="tensor",
+            momentum=0.0,
+            norm_matching=False,
+            trust=2.0,
         ),
         needs_loss=False,
         second_order=False,
     ),
     OptimizerCase(
         "mfac, compressed",
-        lambda model, params: MFAC(given(model, params), lr=0.02, size=3, compression=0.3),
+        lambda model, params: MFAC(given(model, params), size=3, compression=0.3),
         needs_loss=False,
         second_order=False,
+    ),
+    OptimizerCase(
+        "kfac",
+        lambda model, params: KFAC(
+            model,
+            params,
+            lr=0.02,
+            momentum=0.5,
+            weight_decay=0.01,
+            factor_interval=2,
+            inverse_interval=3,
+        ),
+        needs_loss=False,
+        second_order=False,
+        tolerance=1e-9,
+    ),
+    OptimizerCase(
+        "kfac, sampled",
+        lambda model, params: KFAC(
+            model,
+            params,
+            lr=0.02,
+            fisher="mc",
+            loss=nn.CrossEntropyLoss(),
+            factor_interval=3,
+            inverse_interval=1,
+            inner="sgd",
+            kl_clip=None,
+            damping=0.01,
+        ),
+        needs_loss=False,
+        second_order=False,
+        tolerance=1e-9,
+    ),
+    OptimizerCase(
+        "e-kfac",
+        lambda model, params: KFAC(
+            model,
+            params,
+            lr=0.02,
+            eigen_corrected=True,
+            momentum=0.5,
+            relative=True,
+            damping=0.1,
+            factor_interval=2,
+            inverse_interval=4,
+        ),
+        needs_loss=False,
+        second_order=False,
+        tolerance=1e-9,
+    ),
+    OptimizerCase(
+        "e-kfac, sampled",
+        lambda model, params: KFAC(
+            model,
+            params,
+            lr=0.02,
+            eigen_corrected=True,
+            fisher="mc",
+            loss=nn.CrossEntropyLoss(),
+            momentum=0.5,
+            factor_interval=1,
+            inverse_interval=2,
+        ),
+        needs_loss=False,
+        second_order=False,
+        tolerance=1e-9,
     ),
 ]

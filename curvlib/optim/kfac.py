@@ -1,0 +1,482 @@
+r"""K-FAC and E-KFAC: natural gradients with Kronecker-factored Fisher matrices, layer by layer.
+
+Every ``factor_interval`` steps hooks note the inputs of layers, and the gradients at their outputs
+that the user's own backward pass brings: no pass is added (``fisher="mc"`` adds one for sampled
+labels). Every ``inverse_interval`` steps the averaged factors are decomposed. In between, a step
+costs four small matrix products for each layer, and there are no hooks on the model. Formulas:
+:mod:`curvlib.optim.rules.kfac`; scale: :mod:`curvlib.operators.recorded`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from curvlib.core.loss import read_loss
+from curvlib.operators.coverage import Coverage, coverage_of
+from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.layer_recorder import LayerRecorder
+from curvlib.operators.recorded import Recorded
+from curvlib.optim import arguments
+from curvlib.optim.layer_curvature import LayerCurvature, updated
+from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
+from curvlib.optim.persistence import restored
+from curvlib.optim.rest import RULES, rest_change
+from curvlib.optim.rules.kfac import inverted, kl_scale, preconditioned
+from curvlib.optim.shell import CurvatureOptimizer, Gradients
+
+_FISHERS = ("empirical", "mc")
+_SHARING = ("expand", "reduce")
+_GATES = ("joint", "separate")
+
+
+class KFAC(CurvatureOptimizer):
+    r"""K-FAC (Martens and Grosse, 2015) and E-KFAC (George et al., 2018), with momentum.
+
+    Covered are the layers of :func:`curvlib.kfac`: Linear, Conv1d, Conv2d, Conv3d, Embedding,
+    normalization layers, LSTM, GRU, RNN and their cells (through their gates), MultiheadAttention
+    (its projections). Other parameters, and those of layers that have not been called yet, get a
+    first-order step: :meth:`coverage` says which, and why.
+
+    Args:
+        model: The model, not compiled.
+        params: Parameters, named parameters or groups, in which ``lr``, ``momentum``, ``damping``,
+            ``weight_decay``, ``kl_clip``, ``inner_scale``, ``inner_betas``, ``inner_eps`` and
+            ``maximize`` may differ (a layer's damping is that of its weight's group). Default:
+            all of the model's; frozen ones stay as they are until they are set free.
+        lr: Learning rate.
+        momentum: Of preconditioned gradients, and of the inner SGD.
+        damping: :math:`\lambda`, above 0 unless all factors have full rank.
+        relative: Whether it is a fraction of the layer's mean eigenvalue.
+        eigen_corrected: Whether eigenvalues are E-KFAC's. Then, and with ``sharing="reduce"``,
+            examples must lie along the first axis of the model's and the layers' inputs.
+        fisher: ``"empirical"``: squares of the gradients of the loss itself; or ``"mc"``: of
+            labels that are drawn from the model's own predictions, whose expectation is the
+            Fisher matrix proper (an additional backward pass in steps with factors).
+        loss: The loss that is minimized: cross-entropy, NLL, MSE or BCE-with-logits without
+            weights. ``"mc"`` draws from it; with ``"empirical"`` it says how many terms the mean
+            has where that is not the number of examples (tokens, pixels), and that it is a sum.
+        output: Function of what the model returns, to the tensor that the loss reads.
+        sharing: ``"expand"`` or ``"reduce"``: see :func:`curvlib.kfac`.
+        factor_interval: Steps from one update of the factors to the next.
+        inverse_interval: Steps from one eigendecomposition to the next, at updates of factors.
+        factor_decay: Of the moving averages of the factors.
+        kl_clip: :math:`\kappa`, the largest :math:`\eta^2 V^\top (F + \lambda) V` of a group's
+            step (without momentum); ``None`` for no limit.
+        weight_decay: Decoupled: each step subtracts ``lr * weight_decay * parameter``.
+        inner: Rule of parameters without factors: ``"adamw"`` or ``"sgd"``.
+        inner_scale: Their learning rate as a multiple of ``lr``, so that schedules act on both.
+            Default: 0.01 for AdamW, 1 for SGD.
+        inner_betas: Of the inner AdamW.
+        inner_eps: Of the inner AdamW.
+        dense_norms: Whether factors of normalization layers are dense, not diagonal.
+        gates: Whether the gates of LSTM, GRU and RNN have one left factor, ``"joint"``, or one
+            each, ``"separate"``, which is cheaper.
+        max_side: Layers' sides that are longer (vocabularies) have a diagonal factor.
+        maximize: Whether the loss is maximized.
+        seed: Of the sampled labels, which depend on the seed, the step and the example alone.
+        process_group: Replicas of data-parallel training; the default group if
+            ``torch.distributed`` is initialized.
+
+    Raises:
+        TypeError: If an argument has another type.
+        ValueError: If the model is compiled, a parameter is not the model's, there is no sampled
+            Fisher of the loss, or an argument is out of range.
+
+    With ``GradScaler``, call ``opt.backward(scaler.scale(loss), scale=scaler.get_scale())``: from a
+    plain ``backward`` the scale is not known.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0], [-2.0]])
+        >>> opt = KFAC(model, lr=0.5, momentum=0.0, kl_clip=None, factor_interval=1)
+        >>> losses = [opt.step(lambda: nn.functional.mse_loss(model(x), y)) for _ in range(40)]
+        >>> bool(losses[-1] < 0.01 * losses[0])
+        True
+        >>> opt.coverage().percent
+        100.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        *,
+        relative: bool = False,
+        eigen_corrected: bool = False,
+        fisher: str = "empirical",
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        sharing: str = "expand",
+        factor_interval: int = 10,
+        inverse_interval: int = 100,
+        factor_decay: float = 0.95,
+        kl_clip: float | None = 1e-3,
+        weight_decay: float = 0.0,
+        inner: str = "adamw",
+        inner_scale: float | None = None,
+        inner_betas: tuple[float, float] = (0.9, 0.999),
+        inner_eps: float = 1e-8,
+        dense_norms: bool = False,
+        gates: str = "joint",
+        max_side: int = 8192,
+        maximize: bool = False,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"KFAC takes the model first, got {type(model).__name__}; pass KFAC(model), or "
+                "KFAC(model, params)"
+            )
+        own = {"relative": relative, "eigen_corrected": eigen_corrected, "dense_norms": dense_norms}
+        arguments.flag(own, *own)
+        arguments.fraction({"factor_decay": factor_decay}, "factor_decay")
+        self.model = model
+        self.relative = relative
+        self.eigen_corrected = eigen_corrected
+        self.fisher = arguments.choice("fisher", fisher, _FISHERS)
+        self.sharing = arguments.choice("sharing", sharing, _SHARING)
+        self.inner = arguments.choice("inner", inner, RULES)
+        self.factor_interval = arguments.count("factor_interval", factor_interval)
+        self.inverse_interval = arguments.count("inverse_interval", inverse_interval)
+        self.factor_decay = float(factor_decay)
+        self.max_side = arguments.count("max_side", max_side)
+        self.dense_norms = dense_norms
+        self.gates = arguments.choice("gates", gates, _GATES)
+        self.loss = None if loss is None else read_loss(loss)
+        self.output = output
+        self.layers: dict[str, LayerCurvature] = {}
+        self.decomposed_at: int | None = None
+        self._inverses: dict[str, tuple[float, Tensor]] = {}
+        self._scale = 1.0
+        self._recorder: LayerRecorder | None = None
+        if params is None:
+            params = model.parameters()
+        scale = inner_scale
+        if scale is None:
+            scale = 0.01 if inner == "adamw" else 1.0
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "kl_clip": kl_clip,
+            "inner_scale": {"adamw": 0.01, "sgd": 1.0}[inner]
+            if inner_scale is None
+            else inner_scale,
+            "inner_betas": inner_betas,
+            "inner_eps": inner_eps,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, seed=seed, process_group=process_group)
+        self._switch()
+
+    # ------------------------------------------------------------------------ recording
+    @property
+    def recorder(self) -> LayerRecorder:
+        """Of the parameters that require gradients now."""
+        chosen = [p for _, p, _ in self.trainable()]
+        found = self._recorder
+        if found is None or {id(p) for p in chosen} != {id(p) for p in found.params.values()}:
+            if found is not None:
+                found.close()
+            found = LayerRecorder(
+                self.model,
+                chosen,
+                sink=_Sink(weakref.ref(self)),
+                loss=self.loss,
+                sampled=self.fisher == "mc",
+                seed=self.seed,
+                output=self.output,
+                dense_norms=self.dense_norms,
+                max_side=self.max_side,
+                gates=self.gates,
+            )
+            self._recorder = found
+            self._places = {layer.name: LayerPlaces(layer, found.space) for layer in found.layers}
+        return found
+
+    def close(self) -> None:
+        """Takes the hooks off the model. The next step puts them on again."""
+        self.recorder.close()
+
+    def coverage(self) -> Coverage:
+        """Which parameters have factors; and why the others get the inner optimizer's step."""
+        idle = "its module was not called when factors were last updated, or got no gradient"
+        missing = {
+            name: idle
+            for layer in self.recorder.layers
+            if self.clock.curvature_updates and layer.name not in self.layers
+            for name in layer.names
+        }
+        recorder = self.recorder
+        return coverage_of(self.model, recorder.params, recorder.uncovered | missing)
+
+    def take(self, found: Recorded) -> None:
+        """Adds what a pass showed to the pending sums."""
+        if self.fisher == "mc" and found.sampled is None:
+            raise RuntimeError(
+                "the loss did not reach the output of the model that KFAC was given, so no labels "
+                "can be drawn from it; call that model itself, or use fisher='empirical'"
+            )
+        layers = self.recorder.layers
+        bases = self.layers if self.eigen_corrected else {}
+        if not self.pending:
+            self.pending = zero_sums(layers, self.recorder.dtype, bases, found.terms.device)
+        add_pass(
+            layers,
+            found,
+            self.pending,
+            sampled=self.fisher == "mc",
+            reduce=self.sharing == "reduce",
+            scale=1.0 if self.fisher == "mc" else self._scale,
+            bases=bases,
+        )
+
+    def _switch(self) -> None:
+        """Puts hooks on the model if the coming step takes curvature in, or off if not."""
+        if not self._due():
+            if self._recorder is not None:
+                self._recorder.stop()
+            return
+        recorder = self.recorder
+        recorder.draw = self.clock.curvature_updates
+        recorder.start()
+
+    # ---------------------------------------------------------------------------- shell
+    def _check(self, group: dict[str, Any]) -> None:
+        arguments.nonnegative(
+            group, "lr", "damping", "weight_decay", "inner_scale", "inner_eps", "momentum"
+        )
+        arguments.fraction(group, "momentum")
+        arguments.fractions(group, "inner_betas")
+        if group["kl_clip"] is not None:
+            arguments.positive(group, "kl_clip")
+
+    def _due(self) -> bool:
+        return self.clock.due(self.factor_interval)
+
+    def _observe(self, loss: Tensor, scale: float) -> None:
+        del loss  # its backward pass meets the hooks
+        self.recorder.hand_over()  # what came before has the scale of before
+        self._scale = scale
+
+    def _missing(self) -> None:
+        raise RuntimeError(
+            "KFAC has no curvature yet: no layer of the model that it was given was called with "
+            "gradients since; call that model (or its layers), not a copy and not compiled"
+        )
+
+    def _gradients(self) -> Gradients:
+        self.recorder.hand_over()
+        return super()._gradients()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients and pending curvature."""
+        if self._recorder is not None:
+            self._recorder.forget_reached()
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]  # PyTorch's overloads return floats
+        """One step: see :meth:`CurvatureOptimizer.step`."""
+        out = super().step(closure)
+        self._scale = 1.0
+        self._switch()
+        return out
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in ``torch.optim``; factors are due at the next step.
+
+        Raises:
+            TypeError: If parameters are no real floating-point tensors.
+            ValueError: If one is there already or is not the model's, or for bad hyper-parameters.
+        """
+        super().add_param_group(param_group)
+        if hasattr(self, "_recorder") and self._recorder is not None:
+            try:
+                self._switch()
+            except Exception:
+                self.param_groups.pop()
+                raise
+
+    # --------------------------------------------------------------------------- update
+    def _update(self, gradients: Gradients) -> bool | None:
+        layers, inverses, decomposed_at = self._advanced()
+        found = {
+            id(p): (p, g, group)
+            for group, grads in zip(self.param_groups, gradients, strict=True)
+            for p, g in zip(group["params"], grads, strict=True)
+            if g is not None
+        }
+        natural: dict[int, Tensor] = {}
+        entries: dict[int, int] = {}
+        for layer in self.recorder.layers:
+            if layer.name in layers:
+                sizes = self._natural(layer, layers[layer.name], inverses, found, natural)
+                for key, size in sizes.items():
+                    entries[key] = entries.get(key, 0) + size
+        # of attention's projections, all are known or none is used
+        natural = {k: v for k, v in natural.items() if entries[k] == v.numel()}
+        products = {
+            key: torch.dot(v.view(-1), found[key][1].reshape(-1).to(v.dtype))
+            for key, v in natural.items()
+        }
+        if products and not bool(torch.stack(list(products.values())).isfinite().all()):
+            return False
+        rest = {
+            key: rest_change(self.inner, p, g, self.state.get(p, {}), group)
+            for key, (p, g, group) in found.items()
+            if key not in natural
+        }
+        self.layers, self._inverses, self.decomposed_at = layers, inverses, decomposed_at
+        for group in self.param_groups:
+            members = [p for p in group["params"] if id(p) in natural]
+            each = [(products[id(p)], float(group["lr"])) for p in members]
+            clip = kl_scale(each, group["kl_clip"])
+            self._write(group, members, [natural[id(p)] for p in members], clip)
+        for key, (change, state) in rest.items():
+            p = found[key][0]
+            p.add_(change)
+            self.state[p].update(state)
+        return None
+
+    def _advanced(
+        self,
+    ) -> tuple[dict[str, LayerCurvature], dict[str, tuple[float, Tensor]], int | None]:
+        """Factors, cached inverses and step of the last decomposition, with what is pending."""
+        if not self.pending:
+            return self.layers, dict(self._inverses), self.decomposed_at
+        last = self.decomposed_at
+        again = last is None or self.clock.steps - last >= self.inverse_interval
+        batch = batch_curvature(
+            self.recorder.layers,
+            self.pending,
+            sampled=self.fisher == "mc",
+            sum_of_terms=self.loss is not None and self.loss.reduction == "sum",
+            ranks=self.replicas,
+        )
+        layers = dict(self.layers)
+        for name, (left, right, squares) in batch.items():
+            old = layers.get(name)
+            if old is not None and old.shapes != (left.shape, right.shape):
+                old = None  # a bias was frozen, or set free
+            new = updated(old, left, right, squares, self.factor_decay)
+            if again or new.left_values is None:
+                new = new.decomposed(corrected=self.eigen_corrected)
+            layers[name] = new
+        inverses = (
+            {}
+            if again or self.eigen_corrected
+            else {
+                name: own
+                for name, own in self._inverses.items()
+                if name not in batch or layers[name].left_values is self.layers[name].left_values
+            }
+        )
+        return layers, inverses, self.clock.steps if again else last
+
+    def _natural(
+        self,
+        layer: FactoredLayer,
+        curvature: LayerCurvature,
+        inverses: dict[str, tuple[float, Tensor]],
+        found: dict[int, tuple[Tensor, Tensor, dict[str, Any]]],
+        natural: dict[int, Tensor],
+    ) -> dict[int, int]:
+        """Writes the preconditioned gradients of a layer; how many entries of each parameter."""
+        params = {name: self.recorder.params[name] for name in layer.names}
+        present = {n: found[id(p)][1] for n, p in params.items() if id(p) in found}
+        if not present:
+            return {}
+        group = found[id(params[next(iter(present))])][2]
+        damping = float(group["damping"])
+        cached = inverses.get(layer.name)
+        if cached is None or cached[0] != damping:
+            values = curvature.eigenvalues()
+            cached = (damping, inverted(values, damping, relative=self.relative))
+            inverses[layer.name] = cached
+        places = self._places[layer.name]
+        matrix = places.read(present, self.recorder.dtype)
+        matrix = preconditioned(matrix, *curvature.basis, cached[1])
+        for name in present:
+            if id(params[name]) not in natural:
+                natural[id(params[name])] = torch.zeros(
+                    params[name].shape, dtype=matrix.dtype, device=matrix.device
+                )
+        places.write(matrix, {name: natural[id(params[name])] for name in present})
+        return {id(params[n]): size for n, size in places.sizes().items() if n in present}
+
+    def _write(
+        self, group: dict[str, Any], members: list[Tensor], steps: list[Tensor], clip: Tensor | None
+    ) -> None:
+        if not members:
+            return
+        if clip is not None:
+            torch._foreach_mul_(steps, clip.to(steps[0].dtype))
+        momentum, lr = float(group["momentum"]), float(group["lr"])
+        if momentum:
+            for p, step in zip(members, steps, strict=True):
+                if "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(step)
+            buffers = [self.state[p]["velocity"] for p in members]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, steps)
+            steps = buffers
+        if group["weight_decay"]:
+            torch._foreach_mul_(members, 1.0 - lr * float(group["weight_decay"]))
+        torch._foreach_add_(members, steps, alpha=-lr)
+
+    # ---------------------------------------------------------------------------- state
+    def _extra_state(self) -> dict[str, Any]:
+        layers = {name: own.plain() for name, own in self.layers.items()}
+        return {"layers": layers, "decomposed_at": self.decomposed_at}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        device = next(p.device for _, p, _ in self.parameters())
+        layers = {
+            name: LayerCurvature(**restored(own, device)) for name, own in state["layers"].items()
+        }
+        known = {layer.name for layer in self.recorder.layers}
+        if not known >= layers.keys():
+            raise ValueError(
+                f"the state has factors of layers {sorted(layers.keys() - known)}, which the model "
+                "has not; load a state of the same model"
+            )
+        self.layers, self.decomposed_at = layers, state["decomposed_at"]
+        self._inverses = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state: see :meth:`CurvatureOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._switch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_recorder": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if hasattr(self, "clock"):
+            self._switch()
+
+
+class _Sink:
+    """Hands passes to an optimizer, which it does not keep alive."""
+
+    def __init__(self, optimizer: weakref.ref[KFAC]) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, found: Recorded) -> None:
+        """Hands a pass over."""
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer.take(found)

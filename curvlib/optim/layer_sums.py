@@ -1,0 +1,137 @@
+"""Sums over recorded passes, additive over micro-batches and ranks, and the factors they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from curvlib.operators.kfac_factors import factors
+from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.kfac_sums import (
+    EigenvalueSums,
+    Sums,
+    add_gradients,
+    add_inputs,
+    factor_sums,
+)
+from curvlib.operators.recorded import Recorded, factor_of_squares
+from curvlib.optim.layer_curvature import LayerCurvature
+
+
+def zero_sums(
+    layers: Sequence[FactoredLayer],
+    dtype: torch.dtype,
+    bases: Mapping[str, LayerCurvature],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Zeros for all layers, so that ranks hold the same tensors whichever layers were called.
+
+    Args:
+        layers: The layers.
+        dtype: Of the sums.
+        bases: Layers whose corrected eigenvalues are summed, too.
+        device: Of the sums.
+    """
+    zeros = factor_sums(layers, torch.empty(0, dtype=dtype, device=device))
+    found = dict(zeros.tensors)
+    for key in zeros.counts:
+        found[f"{key}|count"] = torch.zeros((), dtype=torch.float64, device=device)
+    for layer in layers:
+        known = bases.get(layer.name)
+        values = None if known is None else known.corrected
+        if values is not None and tuple(values.shape) == layer.shape:
+            found[f"{layer.name}|squares"] = torch.zeros_like(values)
+    found["terms"] = torch.zeros((), dtype=torch.float64, device=device)
+    return found
+
+
+def add_pass(
+    layers: Sequence[FactoredLayer],
+    found: Recorded,
+    pending: dict[str, Tensor],
+    *,
+    sampled: bool,
+    reduce: bool,
+    scale: float,
+    bases: Mapping[str, LayerCurvature],
+) -> None:
+    """Adds one pass to the sums.
+
+    Args:
+        layers: The layers.
+        found: The pass.
+        pending: The sums; of other tensors, nothing is changed.
+        sampled: Whether squares are of sampled labels' scores.
+        reduce: Whether rows of an example are reduced first.
+        scale: What the user's loss was multiplied by.
+        bases: Bases of corrected eigenvalues.
+
+    Raises:
+        RuntimeError: If rows have to be told apart by example, and cannot.
+    """
+    raw = found.sampled if sampled else found.gradients
+    assert raw is not None
+    gradients = [g if g is None or scale == 1.0 else unscaled(g, scale) for g in raw]
+    for layer in layers:
+        if not any(use.layer == layer.name for use in found.uses):
+            continue
+        squares = pending.get(f"{layer.name}|squares")
+        own = found
+        if not found.aligned(layer.name):
+            if reduce or squares is not None or "scale" in layer.roles:
+                raise RuntimeError(
+                    f"rows of layer {layer.name!r} cannot be told apart by example: its input's "
+                    f"first axis is no multiple of the {found.examples} examples of the model's "
+                    "input; use sharing='expand' without eigen_corrected, and leave normalization "
+                    "layers there out with params="
+                )
+            own = found.merged()
+        keys = [f"{layer.name}|{role}" for role in layer.roles]
+        sums = Sums(
+            {k: t for k, t in pending.items() if k.rpartition("|")[0] in keys},
+            dict.fromkeys(keys, 0.0),
+        )
+        add_inputs(layer, own, sums, reduce=reduce)
+        add_gradients(layer, own, gradients, sums, reduce=reduce, first=True)
+        for key, count in sums.counts.items():
+            pending[f"{key}|count"] += count
+        if squares is not None:
+            adder = EigenvalueSums([layer], {layer.name: bases[layer.name].basis})
+            adder.add(layer, own, gradients, squares)
+    pending["terms"] += found.terms
+
+
+def batch_curvature(
+    layers: Sequence[FactoredLayer],
+    pending: Mapping[str, Tensor],
+    *,
+    sampled: bool,
+    sum_of_terms: bool,
+    ranks: int,
+) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """Left and right factor, and corrected eigenvalues, of each layer that was called.
+
+    See :func:`~curvlib.operators.recorded.factor_of_squares` for the scale.
+    """
+    factor = float(
+        factor_of_squares(pending["terms"], sampled=sampled, sum_of_terms=sum_of_terms, ranks=ranks)
+    )
+    names = [f"{layer.name}|{role}" for layer in layers for role in layer.roles]
+    counted = torch.stack([pending[f"{name}|count"] for name in names]).tolist()
+    counts = dict(zip(names, counted, strict=True))
+    out: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    for layer in layers:
+        pair = factors(layer, pending, counts, 1.0 / factor)
+        if pair is not None:
+            dtype = pending[f"{layer.name}|{layer.roles[0]}|right"].dtype
+            squares = pending.get(f"{layer.name}|squares")
+            squares = None if squares is None else squares * factor
+            out[layer.name] = (pair[0].to(dtype), pair[1].to(dtype), squares)
+    return out
+
+
+def unscaled(gradient: Tensor, scale: float) -> Tensor:
+    """A gradient over the scale of its loss, in float32 at least."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale

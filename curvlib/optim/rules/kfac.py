@@ -1,0 +1,144 @@
+r"""The update rule of K-FAC and E-KFAC, as functions of tensors.
+
+For a layer with the gradient matrix :math:`G \in \mathbb{R}^{O \times I}` (bias as last column) and
+the Fisher matrix :math:`F \approx L \otimes R`, or :math:`Q \,\mathrm{diag}(\Lambda)\, Q^\top` with
+:math:`Q = Q_L \otimes Q_R`:
+
+averages
+    :math:`\bar L \leftarrow \beta \bar L + (1 - \beta) L`, from zero, and over
+    :math:`1 - \beta^k` after ``k`` updates, so that the first ones are not too small;
+basis
+    :math:`L = Q_L \,\mathrm{diag}(l)\, Q_L^\top`, in float64;
+eigenvalues
+    :math:`\Lambda = l r^\top` for K-FAC (Martens and Grosse, "Optimizing neural networks with
+    Kronecker-factored approximate curvature", 2015, section 3); for E-KFAC the average of
+    :math:`\mathbb{E} (Q_L^\top G Q_R)^{\circ 2}` (George et al., "Fast approximate natural gradient
+    descent in a Kronecker-factored eigenbasis", 2018, algorithm 1), which is moved to a new basis
+    :math:`Q'` as the diagonal of the same matrix there,
+    :math:`(Q_L'^\top Q_L)^{\circ 2} \Lambda ((Q_R'^\top Q_R)^{\circ 2})^\top`;
+step
+    :math:`V = Q_L \bigl( (Q_L^\top G Q_R) / (\Lambda + \lambda) \bigr) Q_R^\top`: Tikhonov damping
+    of the whole block, exactly, without a split between the factors;
+KL clipping
+    :math:`V \leftarrow \min(1, \sqrt{\kappa / \eta^2 \sum \langle V, G \rangle})\, V`, so that
+    :math:`\eta^2 V^\top (F + \lambda) V \le \kappa` (Ba, Grosse and Martens, "Distributed
+    second-order optimization using Kronecker-factored approximations", 2017, section 5).
+
+All matrices have a leading axis ``G`` of groups (of a grouped convolution's channels, of gates). A
+diagonal factor is ``[G, n]`` instead of ``[G, n, n]``, and has no basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def averaged(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
+    """The moving average with one value more; of ``new`` alone it is ``(1 - decay) * new``.
+
+    Example:
+        >>> two = averaged(averaged(None, torch.ones(1), 0.5), torch.ones(1), 0.5)
+        >>> float(two), float(two) / debias(0.5, 2)
+        (0.75, 1.0)
+    """
+    return new * (1.0 - decay) if old is None else torch.lerp(old, new, 1.0 - decay)
+
+
+def debias(decay: float, updates: int) -> float:
+    """What a moving average from zero is divided by."""
+    return 1.0 - decay**updates
+
+
+def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues ``[G, n]``, none negative, and eigenvectors ``[G, n, n]`` of a factor.
+
+    A diagonal factor has no eigenvectors. Decomposed in float64, returned in the factor's type.
+    """
+    if factor.ndim == 2:
+        return factor.clamp(min=0.0), None
+    wide = factor.to(torch.float64)
+    values, vectors = torch.linalg.eigh(0.5 * (wide + wide.mT))
+    return values.clamp_(min=0.0).to(factor.dtype), vectors.to(factor.dtype)
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Eigenvalues ``[G, O, I]`` of a Kronecker product."""
+    return left[:, :, None] * right[:, None, :]
+
+
+def moved(
+    values: Tensor,
+    old: tuple[Tensor | None, Tensor | None],
+    new: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """The diagonal, in a new basis, of the matrix that is diagonal in the old one.
+
+    Args:
+        values: Its eigenvalues ``[G, O, I]``.
+        old: Its eigenvectors, left and right.
+        new: The new basis.
+
+    Example:
+        >>> eye = torch.eye(2)[None]
+        >>> moved(torch.tensor([[[1.0], [3.0]]]), (eye, None), (eye.flip(1), None))[0, :, 0]
+        tensor([3., 1.])
+    """
+    if old[0] is not None and new[0] is not None:
+        values = (new[0].mT @ old[0]).square() @ values
+    if old[1] is not None and new[1] is not None:
+        values = values @ (new[1].mT @ old[1]).square().mT
+    return values
+
+
+def rotated(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    r""":math:`Q_L^\top G Q_R`, ``[G, O, I]``."""
+    gradient = gradient if left is None else left.mT @ gradient
+    return gradient if right is None else gradient @ right
+
+
+def restored(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    r""":math:`Q_L X Q_R^\top`, the inverse of :func:`rotated`."""
+    gradient = gradient if left is None else left @ gradient
+    return gradient if right is None else gradient @ right.mT
+
+
+def inverted(values: Tensor, damping: float, *, relative: bool) -> Tensor:
+    r""":math:`1 / (\Lambda + \lambda)`; relative damping is a fraction of the mean eigenvalue."""
+    return (values + (damping * values.mean() if relative else damping)).reciprocal_()
+
+
+def preconditioned(
+    gradient: Tensor, left: Tensor | None, right: Tensor | None, inverse: Tensor
+) -> Tensor:
+    """The natural gradient ``[G, O, I]``.
+
+    Args:
+        gradient: ``[G, O, I]``.
+        left: Eigenvectors ``[G, O, O]``, or ``None`` for the identity.
+        right: ``[G, I, I]``, or ``None``.
+        inverse: Inverse eigenvalues: see :func:`inverted`.
+
+    Example:
+        >>> g = torch.tensor([[[2.0, 6.0]]])
+        >>> preconditioned(
+        ...     g, None, None, inverted(torch.tensor([[[1.0, 2.0]]]), 1.0, relative=False)
+        ... )
+        tensor([[[1., 2.]]])
+    """
+    return restored(rotated(gradient, left, right) * inverse, left, right)
+
+
+def kl_scale(products: Sequence[tuple[Tensor, float]], kl_clip: float | None) -> Tensor | None:
+    r"""The factor of KL clipping, 0-d in float64; ``None`` for no clipping.
+
+    Args:
+        products: :math:`\langle V, G \rangle` of each tensor, and its learning rate.
+        kl_clip: :math:`\kappa`.
+    """
+    if kl_clip is None or not products:
+        return None
+    total = torch.stack([p.to(torch.float64) * (lr * lr) for p, lr in products]).sum()
+    return (kl_clip / total.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1.0)
