@@ -35,13 +35,13 @@ regularization of Newton method with Bregman distances*, Math. Program. 204 (202
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 #: How much gamma may change from one trial to the next.
-GROWTH, SHRINKAGE = 4.0, 0.5
+GROWTH, SHRINKAGE, LARGEST_FALL = 4.0, 0.5, 1e-3
 #: The share of the linear prediction by which the loss must fall.
 ARMIJO = 1e-4
 
@@ -143,7 +143,7 @@ def accepted(trial: Trial) -> bool:
 
 
 def update(
-    state: NewtonState, trial: Trial, *, products: int, exponent: float = 1.0, adapt: bool = True
+    state: NewtonState, trial: Trial, *, exponent: float = 1.0, adapt: bool = True
 ) -> tuple[bool, NewtonState]:
     r"""Whether a trial is accepted, and the state after it.
 
@@ -154,23 +154,37 @@ def update(
     Args:
         state: Before the trial.
         trial: What was tried.
-        products: What it cost.
         exponent: :math:`\alpha`.
         adapt: Whether :math:`\gamma` changes after accepted steps.
     """
-    good = accepted(trial)
+    if not accepted(trial):
+        size, length = _norm(trial.gradient), _norm(trial.step)
+        if bool(torch.isfinite(trial.new_gradient).all()):
+            natural = min(state.gamma, math.pow(size, exponent - 1.0) * length)
+            found = max(measured_gamma(trial, exponent), LARGEST_FALL * natural)
+            state = replace(state, gamma=min(state.gamma, found))
+        return False, rejected(state, size, length, exponent)
     gamma = state.gamma
-    if good:
-        if adapt and math.isfinite(gamma):
-            gamma = min(max(measured_gamma(trial, exponent), SHRINKAGE * gamma), GROWTH * gamma)
-        return True, NewtonState(gamma, state.steps + 1, state.rejected, state.products + products)
-    finite = bool(torch.isfinite(trial.new_gradient).all())
-    found = measured_gamma(trial, exponent) if finite else math.inf
-    if math.isfinite(gamma):
-        found = min(found, SHRINKAGE * gamma)
-    elif not math.isfinite(found):  # nothing known: no further than half of this step
-        found = SHRINKAGE * _norm(trial.step) * _norm(trial.gradient) ** (exponent - 1.0)
-    return False, NewtonState(found, state.steps, state.rejected + 1, state.products + products)
+    if adapt and math.isfinite(gamma):
+        gamma = min(max(measured_gamma(trial, exponent), SHRINKAGE * gamma), GROWTH * gamma)
+    return True, replace(state, gamma=gamma, steps=state.steps + 1)
+
+
+def rejected(
+    state: NewtonState, gradient_norm: float, length: float, exponent: float = 1.0
+) -> NewtonState:
+    r"""The state after a step that was not taken: half of :math:`\gamma`.
+
+    Args:
+        state: Before.
+        gradient_norm: :math:`\|g\|`, positive.
+        length: :math:`\|h\|`, from which :math:`\gamma` starts if it is infinite; 1 if zero.
+        exponent: :math:`\alpha`.
+    """
+    gamma = state.gamma
+    if not math.isfinite(gamma):
+        gamma = (length or 1.0) * math.pow(gradient_norm, exponent - 1.0)
+    return replace(state, gamma=SHRINKAGE * gamma, rejected=state.rejected + 1)
 
 
 def against_negative_curvature(
@@ -189,10 +203,10 @@ def against_negative_curvature(
         exponent: :math:`\alpha`.
     """
     needed = 2.0 * max(found - curvature, found)
-    if needed <= 0.0:  # a flat direction
-        needed = gradient_norm
-    gamma = gradient_norm**exponent / needed
-    return NewtonState(gamma, state.steps, state.rejected + 1, state.products)
+    if needed <= 0.0:  # a flat direction, and no damping yet
+        return rejected(state, gradient_norm, 0.0, exponent)
+    gamma = math.pow(gradient_norm, exponent) / needed
+    return replace(state, gamma=gamma, rejected=state.rejected + 1)
 
 
 def _norm(vector: Tensor) -> float:
