@@ -10,6 +10,7 @@ changes nothing, so that a step over several windows can be given up as long as 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,21 @@ class Prepared:
     zero: bool
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Of the newest row ``g`` of a window and of ``u = F^{-1} g``.
+
+    Attributes:
+        row: The norm of ``g``.
+        direction: The norm of ``u``.
+        quadratic: ``u^T F u = g^T F^{-1} g``, summed over parts: below ``c`` in each.
+    """
+
+    row: float
+    direction: float
+    quadratic: float
+
+
 class GradientWindow:
     """The last gradients of some tensors, and what they precondition with.
 
@@ -73,8 +89,10 @@ class GradientWindow:
     Example:
         >>> window = GradientWindow([2, 1], 8, dtype=torch.float64)
         >>> window.push(window.prepared(torch.tensor([3.0, 4.0, 0.0])))
-        >>> window.direction(1.0, "rows").tolist(), window.quadratic(1.0, "rows")
-        ([0.06, 0.08, 0.0], 0.5)
+        >>> window.direction(1.0, "rows").tolist()
+        [0.06, 0.08, 0.0]
+        >>> window.lengths_of_newest(1.0, "rows")
+        Lengths(row=5.0, direction=0.1, quadratic=0.5)
     """
 
     def __init__(
@@ -175,11 +193,19 @@ class GradientWindow:
         assert found is not None
         return found.to(self.vector_dtype)
 
-    def quadratic(self, damping: float, relative: bool | str) -> float:
-        """``g^T F^{-1} g`` for the newest row, summed over parts: below ``c`` in each."""
+    def lengths_of_newest(self, damping: float, relative: bool | str) -> Lengths:
+        r"""Lengths of the newest row and of its direction, from the ``m x m`` side: no pass.
+
+        With :math:`a = c K^{-1} e`: :math:`\lVert u \rVert^2 = a^\top G G^\top a`, and
+        :math:`g^\top F^{-1} g = e^\top G G^\top a`.
+        """
         system = self._systems.current(damping, relative)
         slot = self.window.slot(-1)
-        return float((system.gram[:, slot] * system.coefficients_of_row(slot)[:, :, 0]).sum())
+        coefficients = system.coefficients_of_row(slot)[:, :, 0]
+        products = (system.gram @ coefficients[:, :, None])[:, :, 0]
+        squares = [system.gram[:, slot, slot], coefficients * products, products[:, slot]]
+        row, direction, quadratic = torch.stack([x.sum() for x in squares]).tolist()
+        return Lengths(math.sqrt(row), math.sqrt(max(direction, 0.0)), quadratic)
 
     # ---------------------------------------------------------------- more tensors
     def widened(self, more: Sequence[int]) -> GradientWindow:

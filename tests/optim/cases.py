@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from curvlib.optim.adahessian import AdaHessian
-from curvlib.optim.mfac import MFAC
 from curvlib.optim.kfac import KFAC
+from curvlib.optim.mfac import MFAC
 from curvlib.optim.shell import CurvatureOptimizer
 from curvlib.optim.sophia import Sophia
 

@@ -1,15 +1,23 @@
-r"""M-FAC's update rule: preconditioned directions, trusted up to a length, with momentum.
+r"""M-FAC's update rule: preconditioned directions of a chosen length, with momentum.
 
 With the direction :math:`u_t = F_t^{-1} g_t` of the newest row of a window of ``c`` gradients,
 
 .. math::
 
-    v_t = \mu v_{t-1} + \min\!\left(1, \sqrt{\kappa / q_t}\right) u_t, \qquad
+    v_t = \mu v_{t-1} + s_t u_t, \qquad
     \theta_t = (1 - \eta w)\, \theta_{t-1} - \eta v_t, \qquad
-    q_t = u_t^\top F_t u_t = g_t^\top F_t^{-1} g_t .
+    s_t = \min\!\left(\frac{\lVert g_t \rVert}{\lVert u_t \rVert},
+        \sqrt{\kappa / q_t}\right), \qquad
+    q_t = u_t^\top F_t u_t = g_t^\top F_t^{-1} g_t ,
+
+where the first term is there with norm matching (else 1), and the second one with ``trust``.
 
 Weight decay ``w`` is decoupled: it is no part of ``g`` and never enters the window, where it would
 pass for curvature.
+
+**Norm matching.** Where damping follows the size of gradients, :math:`u` is of the order of
+:math:`1 / \lVert g \rVert`: steps get *longer* as training converges, so that learning rates have
+to fall. With the length of the gradient, steps vanish with it, and learning rates are those of SGD.
 
 **Trust.** :math:`q` is the squared length of the direction in the metric ``F`` (twice the
 Kullback-Leibler divergence of a unit step, to second order, if ``F`` is the Fisher matrix). Let
@@ -20,12 +28,13 @@ Kullback-Leibler divergence of a unit step, to second order, if ``F`` is the Fis
             = c \left(1 - \lambda c\, [K^{-1}]_{ee}\right) < c,
 
 since :math:`K^{-1}` is positive definite: it comes with the solve, and no direction is longer than
-:math:`\sqrt c \le \sqrt m`, however small the damping. With :math:`\kappa \ge m` nothing is ever
-clipped. Its mean over the rows is :math:`\mathrm{tr}\, F^{-1} (F - \lambda I)`, the effective
-dimension. With one window for each tensor, :math:`q` is the sum of theirs.
+:math:`\sqrt c \le \sqrt m`, however small the damping. With :math:`\kappa \ge m` no direction is
+ever clipped (of those that have their own length). Its mean over the rows is
+:math:`\mathrm{tr}\, F^{-1} (F - \lambda I)`, the effective dimension. With one window for each
+tensor, :math:`q` is the sum of theirs.
 
 E. Frantar, E. Kurtic and D. Alistarh, *M-FAC: Efficient matrix-free approximations of second-order
-information*, NeurIPS 2021, whose rule has neither trust nor decoupled decay.
+information*, NeurIPS 2021, whose rule has none of the three: norm matching, trust, decoupled decay.
 """
 
 from __future__ import annotations
@@ -48,20 +57,30 @@ def init(parameter: Tensor) -> Tensor:
     )
 
 
-def trust_factor(quadratic: float, trust: float | None) -> float:
-    r""":math:`\min(1, \sqrt{\kappa / q})`.
+def factor(
+    row: float, direction: float, quadratic: float, *, norm_matching: bool, trust: float | None
+) -> float:
+    r"""What a direction is multiplied by, :math:`s`.
 
     Args:
+        row: :math:`\lVert g \rVert`.
+        direction: :math:`\lVert u \rVert`.
         quadratic: :math:`q = g^\top F^{-1} g`.
+        norm_matching: Whether directions get the length of gradients.
         trust: :math:`\kappa`; ``None`` for no bound.
 
     Example:
-        >>> trust_factor(16.0, 4.0), trust_factor(1.0, 4.0), trust_factor(16.0, None)
-        (0.5, 1.0, 1.0)
+        >>> factor(2.0, 1.0, 16.0, norm_matching=True, trust=None)
+        2.0
+        >>> factor(2.0, 1.0, 16.0, norm_matching=True, trust=4.0)
+        0.5
     """
-    if trust is None or quadratic <= trust:
-        return 1.0
-    return math.sqrt(trust / quadratic)
+    out = 1.0
+    if norm_matching and direction > 0.0:
+        out = row / direction
+    if trust is not None and quadratic * out * out > trust:
+        out = math.sqrt(trust / quadratic)
+    return out
 
 
 def update(
@@ -83,7 +102,7 @@ def update(
         lr: :math:`\eta`.
         momentum: :math:`\mu`.
         weight_decay: ``w``, decoupled.
-        factor: Of directions, from :func:`trust_factor`.
+        factor: Of directions, from :func:`factor`.
 
     Example:
         >>> p, u = torch.ones(2), torch.tensor([1.0, 2.0])
