@@ -107,6 +107,18 @@ class HiddenUse:
         return None if own is None else _grouped(own, self.groups)
 
 
+def distinct(module: nn.Module, output: Any) -> Any:
+    """What a hook returns so that gradients at outputs are those that come from outside, only.
+
+    Where an ``LSTMCell`` is not fused, its hidden state is computed from its cell state, in the
+    same graph: the gradient there would hold what came through the hidden state, too. So both are
+    taken as new nodes. ``None``, which leaves an output as it is, for other modules.
+    """
+    if not isinstance(module, nn.LSTMCell) or not all(t.requires_grad for t in output):
+        return None
+    return tuple(t.view_as(t) for t in output)
+
+
 def noted(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> HiddenCall:
     """What a forward hook saw of a call."""
     outputs = outputs_of(output)
@@ -123,10 +135,10 @@ class HiddenReplay:
 
     Args:
         module: A module with hidden maps.
-        inside: Layers by the key of their map.
+        inside: Layers by the key of their map: a weight, and a bias that is not joined to it.
     """
 
-    def __init__(self, module: nn.Module, inside: Mapping[str, FactoredLayer]) -> None:
+    def __init__(self, module: nn.Module, inside: Mapping[str, Sequence[FactoredLayer]]) -> None:
         self.module = module
         self.inside = dict(inside)
 
@@ -138,7 +150,7 @@ class HiddenReplay:
         """
         reason = unfit(self.module)
         if reason:
-            name = next(iter(self.inside.values())).name
+            name = next(iter(self.inside.values()))[0].name
             raise RuntimeError(
                 f"layer {name!r} was recorded before, but cannot be now: {reason}; call "
                 "model.train() before the optimizer is made, and it will be left out"
@@ -148,27 +160,25 @@ class HiddenReplay:
         sets = [found.pulled([own[i] for i in places]) for own in gradients]
         out = []
         for i, hidden in enumerate(found.maps):
-            layer = self.inside.get(hidden.key)
-            if layer is None:
-                continue
-            G = layer.shape[0]
             zeros = torch.zeros_like(found.nodes[i]).transpose(0, 1)
             each = [zeros if own[i] is None else own[i] for own in sets]
             rows = found.inputs[i]
-            inputs = rows.expand(G, *rows.shape)
-            own_gradients = [_grouped(g, G) for g in each if g is not None]
-            out.append(InnerRows(layer.name, inputs, own_gradients, found.valid))
+            for layer in self.inside.get(hidden.key, ()):
+                G = layer.shape[0]
+                inputs = rows.expand(G, *rows.shape)
+                own_gradients = [_grouped(g, G) for g in each if g is not None]
+                out.append(InnerRows(layer.name, inputs, own_gradients, found.valid))
         return out
 
 
 def layers_inside(
     layers: Sequence[FactoredLayer],
-) -> dict[nn.Module, dict[str, FactoredLayer]]:
+) -> dict[nn.Module, dict[str, list[FactoredLayer]]]:
     """Layers inside of each module with hidden maps, by the key of the map."""
-    found: dict[nn.Module, dict[str, FactoredLayer]] = {}
+    found: dict[nn.Module, dict[str, list[FactoredLayer]]] = {}
     for layer in layers:
         for (module, _), key in zip(layer.modules, layer.maps, strict=False):
-            found.setdefault(module, {})[key] = layer
+            found.setdefault(module, {}).setdefault(key, []).append(layer)
     return found
 
 

@@ -68,8 +68,13 @@ class HiddenOwners:
         }
         kinds = {type(module).__name__ for module, _ in owners}
         others = {kind for place, kind in everywhere.items() if place not in self._places[name]}
-        alike = {(own.outputs, own.width, own.gates) for _, own in owners}
-        if others or len(alike) > 1 or (name in self._weights and name in self._biases):
+        parts = _grouped(owners, "first" if name in self._weights else "bias_first")
+        alike = all(
+            len({(m.outputs, m.gates, m.width if name in self._weights else 0) for _, m in part})
+            == 1
+            for part in parts
+        )
+        if others or not alike or (name in self._weights and name in self._biases):
             both = " and ".join(sorted(kinds | others))
             return f"it is shared by layers of different kinds ({both})"
         return ""

@@ -28,7 +28,7 @@ from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, one_example
-from curvlib.operators.hidden_calls import HiddenCall, HiddenUse, layers_inside, noted
+from curvlib.operators.hidden_calls import HiddenCall, HiddenUse, distinct, layers_inside, noted
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_inputs import positions
@@ -196,13 +196,13 @@ class Watcher:
 
     def _recognized(self, found: Pass, n: int) -> bool:
         """Whether the rows of all uses are known to belong to the examples as they seem to."""
-        if self.uses.selects or any(use.rows(n) is None for use in found.uses):
-            return False
+        mixed = self.uses.selects or any(use.rows(n) is None for use in found.uses)
         signature = (n, *((use.layer, tuple(use.x.shape)) for use in found.uses))
-        if signature in self._verified and not self.uses.sorts:
+        if signature in self._verified and not self.uses.sorts and not mixed:
             return True
         single = self._single(found.batch, n)
-        same = [u.layer for u in single.uses] == [u.layer for u in found.uses] and all(
+        same = not mixed and [u.layer for u in single.uses] == [u.layer for u in found.uses]
+        same = same and all(
             _close(_last_rows(a, n), _last_rows(b, 1))
             for a, b in zip(found.uses, single.uses, strict=True)
         )
@@ -301,11 +301,9 @@ class Watcher:
     ) -> Iterator[Use]:
         """Uses of the layers inside of a module, in one call."""
         own = self._hidden[call.module]
-        unrolled = call.unrolled(next(iter(own.values())).name, graph=counted)
-        for place, hidden in enumerate(unrolled.maps):
-            layer = own.get(hidden.key)
-            if layer is None:
-                continue
+        unrolled = call.unrolled(next(iter(own.values()))[0].name, graph=counted)
+        pairs = [(i, layer) for i, m in enumerate(unrolled.maps) for layer in own.get(m.key, ())]
+        for place, layer in pairs:
             if counted:
                 self.calls[layer.name] += 1
             inside = HiddenUse(call, unrolled, place, layer.shape[0])
@@ -315,7 +313,7 @@ class Watcher:
                 keep = given if keep is None or given is None else keep & given
             folded = keep is not None and n > 0 and keep.numel() % n == 0
             keep = keep.reshape(n, -1) if folded and keep is not None else None
-            shape = (*x.shape[:3], hidden.outputs // len(x))
+            shape = (*x.shape[:3], layer.shape[1])
             yield Use(
                 layer.name,
                 call.module,
@@ -331,8 +329,10 @@ class Watcher:
 
 
 def _noting_call(uses: list[Use | HiddenCall]) -> Any:
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        uses.append(noted(module, args, kwargs, output))
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        taken = distinct(module, output)
+        uses.append(noted(module, args, kwargs, output if taken is None else taken))
+        return taken
 
     return note
 

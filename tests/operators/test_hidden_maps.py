@@ -222,7 +222,7 @@ def test_gates_are_known() -> None:
 
 
 class _Own(nn.GRU):
-    def forward(self, x: Any, hx: Any = None) -> Any:  # type: ignore[override]  # also of names
+    def forward(self, x: Any, hx: Any = None) -> Any:
         return super().forward(2.0 * x, hx)
 
 
