@@ -22,8 +22,8 @@ the identity itself: vectors that are short beside it (as gradients are) then ne
 
 *Stabilizer.* Directions that vectors do not reach are forgotten, :math:`M` grows there as
 :math:`c^{-t}`. Where its infinity norm (which is no less than the largest eigenvalue) exceeds
-:math:`b = 1 / (\lambda \bar\mu)`, with the mean eigenvalue :math:`\bar\mu = \mathrm{tr}\, C / d`, it
-is blended towards the identity, :math:`\zeta M + (1 - \zeta) I / \bar\mu`, with just the
+:math:`b = 1 / (\lambda \bar\mu)`, with the mean eigenvalue :math:`\bar\mu = \mathrm{tr}\, C / d`,
+it is blended towards the identity, :math:`\zeta M + (1 - \zeta) I / \bar\mu`, with just the
 :math:`\zeta` that brings the norm to ``b``. (The paper blends with a fixed :math:`\zeta` and a
 threshold in absolute units.) So the stabilizer is a damping :math:`\lambda`, relative to the mean
 eigenvalue: the smallest eigenvalue of :math:`M^{-1}` is at least :math:`\lambda \bar\mu`.
@@ -213,4 +213,5 @@ def norm_matched(updates: Sequence[Tensor], gradients: Sequence[Tensor]) -> list
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     parts = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(parts))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return norm

@@ -1,0 +1,150 @@
+r"""MKOR's inverses of both sides of a layer: moved by a step's vectors, applied, kept, paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.rules.mkor import Inverse, init, norm_matched, preconditioned, update
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInverses:
+    """The inverses of a layer.
+
+    Attributes:
+        left: Of the side of outputs; ``None`` for the identity.
+        right: Of the side of inputs.
+    """
+
+    left: Inverse | None
+    right: Inverse | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parts."""
+        return [t for side in (self.left, self.right) if side is not None for t in side.tensors]
+
+    def fits(self, layer: FactoredLayer) -> bool:
+        """Whether they are of a layer of this shape."""
+        G, *sizes = layer.shape
+        found = [None if s is None else s.diagonal.shape for s in (self.left, self.right)]
+        dense = (layer.left_dense, layer.right_dense)
+        wanted = [(G, d) if own else None for d, own in zip(sizes, dense, strict=True)]
+        return found == wanted
+
+    def plain(self) -> dict[str, list[Tensor] | None]:
+        """As a state dict keeps them."""
+        sides = {"left": self.left, "right": self.right}
+        return {k: None if side is None else list(side.tensors) for k, side in sides.items()}
+
+    @classmethod
+    def from_plain(cls, kept: Mapping[str, Any]) -> LayerInverses:
+        """From what :meth:`plain` returned."""
+        left, right = (None if kept[k] is None else Inverse(*kept[k]) for k in ("left", "right"))
+        return cls(left, right)
+
+
+def moved(
+    layer: FactoredLayer,
+    before: LayerInverses | None,
+    vectors: tuple[Tensor | None, Tensor | None],
+    *,
+    dtype: torch.dtype,
+    decay: float,
+    damping: float,
+) -> LayerInverses:
+    """The inverses after a step's vectors.
+
+    Args:
+        layer: The layer.
+        before: Those before; ``None`` at first.
+        vectors: Of the left and the right side, ``[G, k, d]``.
+        dtype: What they are stored in, at first.
+        decay: Of the moving averages.
+        damping: See :mod:`curvlib.optim.rules.mkor`.
+    """
+    known = before if before is not None and before.fits(layer) else LayerInverses(None, None)
+    sides: list[Inverse | None] = []
+    for old, own, size in zip((known.left, known.right), vectors, layer.shape[1:], strict=True):
+        if own is None:
+            sides.append(None)
+            continue
+        start = old if old is not None else init(own.shape[0], size, dtype=dtype, device=own.device)
+        sides.append(update(start, own, decay=decay, damping=damping))
+    return LayerInverses(*sides)
+
+
+def sums_of(layer: FactoredLayer, pending: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over a layer's rows among pending ones: see :func:`row_sums`."""
+    names = {key: f"{layer.name}|{key}" for key in ("left", "right", "rows", "terms")}
+    return {key: pending[name] for key, name in names.items() if name in pending}
+
+
+def precondition(
+    places: LayerPlaces,
+    inverses: LayerInverses,
+    params: Mapping[str, Tensor],
+    gradients: Mapping[int, Tensor],
+    along: dict[int, Tensor],
+) -> None:
+    """Preconditions a layer's gradient, and gives it its norm again, weight and bias together.
+
+    Args:
+        places: Where the layer's matrix lies.
+        inverses: Of the layer.
+        params: Its parameters, by name.
+        gradients: Of parameters, by ``id``; some may be absent.
+        along: Directions by ``id``, into which the result goes; what the layer does not reach of a
+            parameter stays as it is.
+    """
+    present = {n: gradients[id(p)] for n, p in params.items() if id(p) in gradients}
+    if not present:
+        return
+    dtype = inverses.tensors[-1].dtype
+    matrix = places.read(present, dtype)
+    found = preconditioned(matrix, inverses.left, inverses.right)
+    if len(present) < len(params):
+        found = found * places.read({n: torch.ones_like(g) for n, g in present.items()}, dtype)
+    (found,) = norm_matched([found], [matrix])
+    for n in present:
+        key = id(params[n])
+        if along[key] is gradients[key]:
+            along[key] = along[key].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    places.write(found, {n: along[id(params[n])] for n in present})
+
+
+def cost_of_steps(
+    layers: Iterable[tuple[FactoredLayer, float]], *, interval: int, vectors: int
+) -> float:
+    """Floating-point work of a preconditioned step in gradients of the same layers.
+
+    A gradient costs six operations for each entry of the matrix and row; both products of the
+    preconditioning ``2 (O + I)`` for each entry; an update of an inverse about
+    ``d^2 (4 k + 10)``.
+
+    Args:
+        layers: Layers, and how many rows they have in a batch.
+        interval: Steps from one update to the next.
+        vectors: ``k``.
+
+    Example:
+        >>> from curvlib.operators.layer_recorder import LayerRecorder
+        >>> (layer,) = LayerRecorder(torch.nn.Linear(99, 100), sink=print).layers
+        >>> round(cost_of_steps([(layer, 1000.0)], interval=10, vectors=1), 3)
+        1.067
+    """
+    gradient = extra = 0.0
+    for layer, rows in layers:
+        G, out, width = layer.shape
+        sides = [d for d, own in ((out, layer.left_dense), (width, layer.right_dense)) if own]
+        gradient += 6.0 * G * out * width * rows
+        extra += sum(2.0 * G * out * width * d for d in sides)
+        extra += sum(G * d * d * (4.0 * vectors + 10.0) for d in sides) / interval
+    return 1.0 + extra / gradient if gradient else 1.0

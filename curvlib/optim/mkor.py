@@ -1,0 +1,491 @@
+r"""MKOR: gradients of layers preconditioned by inverses that rank-one updates keep; and MKOR-H.
+
+In every ``interval`` steps, hooks note what layers get and give, and the inverses of both sides of
+each layer are updated (:mod:`curvlib.optim.rules.mkor`), in :math:`O(k d^2)`. In every step,
+:math:`L^{-1} G R^{-1}`, scaled to the norm of :math:`G`, goes in place of the gradient to an inner
+first-order optimizer (:mod:`curvlib.optim.rules.first_order`). Nothing runs a second time, and any
+``loss.backward()`` will do.
+
+*Which vectors.* The paper takes the mean input and the mean gradient of the batch
+(``statistic="mean"``), whose outer products are no second moments: all batches have about the same
+mean input, so that :math:`R` is the identity but for one direction, and the mean gradient goes to
+zero, so that :math:`L` follows noise. ``statistic="signs"`` (the default) takes sums with random
+signs, whose outer products are unbiased estimates of the factors of K-FAC, of the same rank and at
+the same price (:mod:`curvlib.operators.layer_vectors`), and several of them in each update. On an
+ill-conditioned autoencoder this is the difference between no gain and a large one.
+
+*MKOR-H* (``hybrid=True``) tries first-order steps now and then, and takes them for good once they
+pay more (:mod:`curvlib.optim.rules.hybrid`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from curvlib.operators.coverage import Coverage, coverage_of
+from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.layer_recorder import LayerRecorder
+from curvlib.operators.layer_vectors import Signs, row_sums, summable, zero_sums
+from curvlib.operators.layer_vectors import vectors as vectors_of
+from curvlib.operators.recorded import Recorded
+from curvlib.optim import arguments
+from curvlib.optim.gradients import finite
+from curvlib.optim.layer_inverses import (
+    LayerInverses,
+    cost_of_steps,
+    moved,
+    precondition,
+    sums_of,
+)
+from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.persistence import restored
+from curvlib.optim.rest import RULES, rest_change
+from curvlib.optim.rules.hybrid import HybridState
+from curvlib.optim.rules.hybrid import update as judged
+from curvlib.optim.shell import CurvatureOptimizer, Gradients
+
+_STATISTICS = ("signs", "mean")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class MKOR(CurvatureOptimizer):
+    r"""MKOR (Mozaffari et al., NeurIPS 2023) with exact inverses; with ``hybrid``, MKOR-H.
+
+    Args:
+        model: The model that trains, not compiled.
+        params: Parameters or groups, in which ``lr``, ``momentum``, ``betas``, ``eps``,
+            ``weight_decay``, ``decay``, ``damping`` and ``maximize`` may differ (for ``decay`` and
+            ``damping``, the group of a layer's weight counts). ``None``: all of the model's.
+        lr: Learning rate of the inner optimizer.
+        momentum: Of ``inner="sgd"``.
+        betas: Of ``inner="adamw"``.
+        eps: Of ``inner="adamw"``.
+        weight_decay: Decoupled: each step subtracts ``lr * weight_decay * parameter``.
+        inner: What takes the preconditioned gradients, and the gradients of parameters without a
+            factored layer: ``"sgd"`` or ``"adamw"``.
+        interval: Steps from one update of the inverses to the next.
+        statistic: ``"signs"``, or ``"mean"`` as in the paper: see the module.
+        vectors: Of each update and side, with ``"signs"``.
+        decay: Of the moving averages, between 0 and 1, in each update.
+        damping: Bound of the averages' eigenvalues from below, relative to their mean, in [0, 1):
+            the stabilizer's.
+        dtype: What inverses are stored in, ``torch.bfloat16`` for half the memory; ``None``:
+            float32, or float64 for such parameters.
+        hybrid: Whether to fall back to the inner optimizer when that pays.
+        cost: Of a second-order step in first-order steps, for ``hybrid``; ``None``: from the
+            layers' shapes and rows.
+        block: Steps of a block, of ``hybrid``.
+        every: Blocks to a trial of first-order steps, of ``hybrid``.
+        patience: Trials in a row that first-order steps must win, of ``hybrid``.
+        max_side: Longer sides have no inverse.
+        maximize: Whether the loss is maximized.
+        seed: Of signs.
+        process_group: Replicas of data-parallel training; the default group if
+            ``torch.distributed`` is initialized.
+
+    Attributes:
+        inverses: Those of the left and right sides of layers, by name; sides that are too long, or
+            are an embedding's indices, have none.
+
+    Raises:
+        TypeError: If parameters are no real floating-point tensors, or an argument has another
+            type.
+        ValueError: If there are no parameters, one is there twice or not of the model, the model
+            is compiled, or an argument is out of range.
+
+    Normalization scales and everything else without a factored layer go to the inner optimizer;
+    :meth:`coverage` says which and why. With ``hybrid``, losses must be seen: use
+    ``opt.step(closure)``, ``opt.backward(loss)`` or ``opt.observe(loss)``.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> opt = MKOR(model, lr=0.1)
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> loss = opt.step(lambda: nn.functional.mse_loss(model(x), y))
+        >>> opt.coverage().percent, opt.inverses["weight"].right.diagonal.shape
+        (100.0, torch.Size([1, 3]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        inner: str = "adamw",
+        interval: int = 10,
+        statistic: str = "signs",
+        vectors: int = 8,
+        decay: float = 0.9,
+        damping: float = 0.03,
+        dtype: torch.dtype | None = None,
+        hybrid: bool = False,
+        cost: float | None = None,
+        block: int = 20,
+        every: int = 4,
+        patience: int = 3,
+        max_side: int = 8192,
+        maximize: bool = False,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model= is a torch.nn.Module, got {type(model).__name__}; its layers are watched, "
+                "so parameters alone are not enough"
+            )
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype= is float32, float64 or bfloat16, got {dtype}")
+        arguments.flag({"hybrid": hybrid}, "hybrid")
+        if cost is not None and not arguments.number({"cost": cost}, "cost") >= 1:
+            raise ValueError(f"cost= is at least 1, got {cost}")
+        self.inner = arguments.choice("inner", inner, RULES)
+        self.statistic = arguments.choice("statistic", statistic, _STATISTICS)
+        self.interval = arguments.count("interval", interval)
+        self.vectors = arguments.count("vectors", vectors)
+        self.max_side = arguments.count("max_side", max_side)
+        self.dtype = dtype
+        self.cost = None if cost is None else float(cost)
+        self._blocks = {
+            "length": arguments.count("block", block),
+            "every": arguments.count("every", every),
+            "patience": arguments.count("patience", patience),
+        }
+        if block < 4 or every < 2:
+            raise ValueError(
+                "a block has at least 4 steps and a cycle at least 2 blocks, got "
+                f"block={block} and every={every}"
+            )
+        self.hybrid = HybridState() if hybrid else None
+        self.model = model
+        self.inverses: dict[str, LayerInverses] = {}
+        self._scale = 1.0
+        self._recorder: LayerRecorder | None = None
+        self._layers: dict[str, FactoredLayer] = {}
+        self._places: dict[str, LayerPlaces] = {}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "damping": damping,
+            "maximize": maximize,
+        }
+        params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        super().__init__(params, defaults, seed=seed, process_group=process_group)
+        self._switch()
+
+    # -------------------------------------------------------------------------- reports
+    @property
+    def switched_at(self) -> int | None:
+        """After how many steps MKOR-H went over to first-order steps; ``None`` if it has not."""
+        return None if self.hybrid is None else self.hybrid.switched_at
+
+    @property
+    def signed(self) -> bool:
+        """Whether rows have random signs."""
+        return self.statistic == "signs"
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the coming step is preconditioned."""
+        return self.hybrid is None or self.hybrid.second_order(self._blocks["every"])
+
+    def coverage(self) -> Coverage:
+        """Which parameters are preconditioned, and why the others are not."""
+        recorder = self.recorder
+        reasons = {
+            name: reason
+            for layer in recorder.layers
+            for name in layer.names
+            if (reason := self._unfit(layer))
+        }
+        idle = "its module was not called when inverses were last updated, or got no gradient"
+        for name, layer in self._layers.items():
+            if self.clock.curvature_updates and name not in self.inverses and self.second_order:
+                reasons.update(dict.fromkeys(layer.names, idle))
+        return coverage_of(self.model, recorder.params, recorder.uncovered | reasons)
+
+    def close(self) -> None:
+        """Takes the hooks off the model. The next step puts them on again, if it has to."""
+        self.recorder.close()
+
+    # ------------------------------------------------------------------------ recording
+    @property
+    def recorder(self) -> LayerRecorder:
+        """Of the parameters that require gradients now."""
+        chosen = [p for _, p, _ in self.trainable()]
+        found = self._recorder
+        if found is None or {id(p) for p in chosen} != {id(p) for p in found.params.values()}:
+            if found is not None:
+                found.close()
+            found = LayerRecorder(
+                self.model, chosen, sink=_Sink(weakref.ref(self)), max_side=self.max_side
+            )
+            self._recorder = found
+            self._layers = {own.name: own for own in found.layers if not self._unfit(own)}
+            self._places = {
+                name: LayerPlaces(own, found.space) for name, own in self._layers.items()
+            }
+        return found
+
+    def take(self, found: Recorded) -> None:
+        """Adds sums over the rows of a pass to what is pending."""
+        for name, layer in self._layers.items():
+            seed = f"{self.seed}|{self.clock.curvature_updates}|{name}"
+            signs = Signs(self.vectors, seed) if self.signed else None
+            sums = row_sums(layer, found, self._dtype(), signs=signs, scale=self._scale)
+            for key, part in sums.items():
+                self._add_pending(f"{name}|{key}", part)
+
+    def _add_pending(self, name: str, part: Tensor) -> None:
+        known = self.pending.get(name)
+        self.pending[name] = part if known is None else known + part
+
+    def _dtype(self) -> torch.dtype:
+        """Of sums, and of inverses if no other is asked for."""
+        return self.recorder.dtype
+
+    def _unfit(self, layer: FactoredLayer) -> str:
+        """Why a layer is not preconditioned, or nothing."""
+        reason = summable(layer)
+        if not reason and not layer.left_dense and not layer.right_dense:
+            return f"its sides are longer than max_side={self.max_side}"
+        return reason
+
+    def _switch(self) -> None:
+        """Puts hooks on the model if the coming step takes curvature in, or off if not."""
+        if not self.trainable():
+            return
+        recorder = self.recorder
+        if self._due():
+            recorder.start()
+        else:
+            recorder.stop()
+
+    # ---------------------------------------------------------------------------- shell
+    def _check(self, group: dict[str, Any]) -> None:
+        arguments.nonnegative(group, "lr", "eps", "weight_decay")
+        arguments.fraction(group, "momentum", "decay", "damping")
+        arguments.fractions(group, "betas")
+        if not group["decay"] > 0:
+            raise ValueError("decay= is above 0, got 0: a term of rank one has no inverse")
+
+    def _due(self) -> bool:
+        return bool(self._layers) and self.second_order and self.clock.due(self.interval)
+
+    def _observe(self, loss: Tensor, scale: float) -> None:
+        del loss  # its backward pass meets the hooks
+        self.recorder.hand_over()  # what came before has the scale of before
+        self._scale = scale
+
+    def _missing(self) -> None:
+        raise RuntimeError(
+            "MKOR has no curvature yet: no layer of the model that it was given was called with "
+            "gradients since; call that model (or its layers), not a copy and not compiled"
+        )
+
+    def _gradients(self) -> Gradients:
+        if self._recorder is not None:
+            self._recorder.hand_over()
+        if self.replicas > 1 and self._due():  # ranks may have used other layers
+            k = self.vectors if self.signed else 1
+            for name, layer in self._layers.items():
+                device = self.recorder.space.device
+                for key, zeros in zero_sums(layer, self._dtype(), k, device).items():
+                    self.pending.setdefault(f"{name}|{key}", zeros)
+        return super()._gradients()
+
+    def _saw(self, loss: Tensor, scale: float) -> None:
+        """Notes the loss of a (micro-)batch for MKOR-H."""
+        if self.hybrid is not None and self.switched_at is None:
+            sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
+            self._add_pending("loss", loss.detach().double() * sign / (scale * self.replicas))
+
+    def observe(self, loss: Tensor, scale: float = 1.0) -> None:
+        """Notes the loss: see :meth:`CurvatureOptimizer.observe`."""
+        super().observe(loss, scale)
+        self._saw(loss, scale)
+
+    def backward(self, loss: Tensor, scale: float = 1.0, *, sync: bool = True) -> None:
+        """``loss.backward()``: see :meth:`CurvatureOptimizer.backward`."""
+        super().backward(loss, scale, sync=sync)
+        self._saw(loss, scale)
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Tensor:
+        loss = super()._evaluated(closure)
+        if "loss" not in self.pending:
+            self._saw(loss, 1.0)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients and pending curvature."""
+        if self._recorder is not None:
+            self._recorder.forget_reached()
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]  # PyTorch's overloads return floats
+        """One step: see :meth:`CurvatureOptimizer.step`."""
+        out = super().step(closure)
+        self._scale = 1.0
+        self._switch()
+        return out
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in ``torch.optim``; inverses are updated at the next step.
+
+        Raises:
+            TypeError: If parameters are no real floating-point tensors.
+            ValueError: If one is there already or is not the model's, or for bad hyper-parameters.
+        """
+        super().add_param_group(param_group)
+        if self._recorder is not None:
+            try:
+                self._switch()
+            except Exception:
+                self.param_groups.pop()
+                raise
+
+    # --------------------------------------------------------------------------- update
+    def _update(self, gradients: Gradients) -> bool:
+        loss = self.pending.pop("loss", None)
+        if self.hybrid is not None and self.switched_at is None and loss is None:
+            raise RuntimeError(
+                "hybrid=True compares losses, and has seen none and no curvature yet to judge by "
+                "them; use opt.step(lambda: loss), or opt.backward(loss) in place of "
+                "loss.backward(), or opt.observe(loss) before it"
+            )
+        if self._due() and not self.pending and not self.clock.curvature_updates:
+            self._missing()
+        inverses = dict(self.inverses)
+        rows: list[tuple[FactoredLayer, float]] = []
+        for name, layer in self._layers.items():
+            sums = sums_of(layer, self.pending)
+            if sums:
+                group = self._group_of(layer)
+                inverses[name] = moved(
+                    layer,
+                    inverses.get(name),
+                    vectors_of(layer, sums, signed=self.signed, ranks=self.replicas),
+                    dtype=self.dtype or self._dtype(),
+                    decay=float(group["decay"]),
+                    damping=float(group["damping"]),
+                )
+                if self.cost is None:
+                    rows.append((layer, float(sums["rows"]) / self.replicas))
+        given = {
+            id(p): g
+            for group, grads in zip(self.param_groups, gradients, strict=True)
+            for p, g in zip(group["params"], grads, strict=True)
+            if g is not None
+        }
+        along = dict(given)
+        if self.second_order:
+            for name, layer in self._layers.items():
+                if name in inverses and inverses[name].fits(layer):
+                    params = {n: self.recorder.params[n] for n in layer.names}
+                    precondition(self._places[name], inverses[name], params, given, along)
+        work = [
+            (p, *rest_change(self.inner, p, along[id(p)], self.state.get(p, {}), _inner(group)))
+            for _, p, group in self.parameters()
+            if id(p) in along
+        ]
+        new = [t for own in inverses.values() for t in own.tensors] if self.pending else []
+        if not finite([*(change for _, change, _ in work), *new]):
+            return False
+        for p, change, state in work:
+            p.add_(change.to(p.dtype))
+            self.state[p] = state
+        self.inverses = inverses
+        if rows:
+            k = self.vectors if self.signed else 1
+            self.cost = cost_of_steps(rows, interval=self.interval, vectors=k)
+        if self.hybrid is not None and loss is not None:
+            self.hybrid = judged(self.hybrid, float(loss), cost=self.cost or 1.0, **self._blocks)
+            if self.switched_at is not None:
+                self.inverses = {}
+        return True
+
+    def _group_of(self, layer: FactoredLayer) -> dict[str, Any]:
+        """The group of a layer's first parameter, its weight if it has one."""
+        first = self.recorder.params[layer.names[0]]
+        return next(group for _, p, group in self.parameters() if p is first)
+
+    # ---------------------------------------------------------------------------- state
+    def _extra_state(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner,
+            "statistic": self.statistic,
+            "cost": self.cost,
+            "hybrid": None if self.hybrid is None else _plain(self.hybrid),
+            "inverses": {name: own.plain() for name, own in self.inverses.items()},
+        }
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        own = {"inner": self.inner, "statistic": self.statistic, "hybrid": self.hybrid is not None}
+        kept = {**{k: state[k] for k in own}, "hybrid": state["hybrid"] is not None}
+        if own != kept:
+            raise ValueError(f"the state is that of MKOR with {kept}, and this one has {own}")
+        device = next(p.device for _, p, _ in self.parameters())
+        inverses = {
+            name: LayerInverses.from_plain(restored(sides, device))
+            for name, sides in state["inverses"].items()
+        }
+        known = {layer.name for layer in self.recorder.layers} if self.trainable() else set()
+        if not known >= inverses.keys():
+            raise ValueError(
+                f"the state has inverses of layers {sorted(inverses.keys() - known)}, which the "
+                "model has not; load a state of the same model"
+            )
+        self.inverses, self.cost = inverses, state["cost"]
+        if state["hybrid"] is not None:
+            losses = tuple(state["hybrid"]["losses"])
+            self.hybrid = HybridState(**{**state["hybrid"], "losses": losses})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state: see :meth:`CurvatureOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._switch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_recorder": None, "_layers": {}, "_places": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if hasattr(self, "clock"):
+            self._switch()
+
+
+class _Sink:
+    """Hands passes to an optimizer, which it does not keep alive."""
+
+    def __init__(self, optimizer: weakref.ref[MKOR]) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, found: Recorded) -> None:
+        """Hands a pass over."""
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer.take(found)
+
+
+def _plain(state: HybridState) -> dict[str, Any]:
+    """As a state dict keeps it."""
+    return {**vars(state), "losses": list(state.losses)}
+
+
+def _inner(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings, under the names that the inner rules read."""
+    return {**group, "inner_scale": 1.0, "inner_betas": group["betas"], "inner_eps": group["eps"]}
