@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from curvlib.optim.adahessian import AdaHessian
 from curvlib.optim.kfac import KFAC
 from curvlib.optim.mfac import MFAC
+from curvlib.optim.mkor import MKOR
 from curvlib.optim.shell import CurvatureOptimizer
 from curvlib.optim.sophia import Sophia
 
@@ -102,12 +104,12 @@ OPTIMIZERS: list[OptimizerCase] = [
         "mfac, tensors",
         lambda model, params: MFAC(
             given(model, params),
-            lr=0.01,
+            lr=0.002,
             size=4,
             window="tensor",
             momentum=0.0,
             norm_matching=False,
-            trust=2.0,
+            trust=0.5,
         ),
         needs_loss=False,
         second_order=False,
@@ -184,5 +186,44 @@ OPTIMIZERS: list[OptimizerCase] = [
         needs_loss=False,
         second_order=False,
         tolerance=1e-9,
+    ),
+    OptimizerCase(
+        "mkor",
+        lambda model, params: MKOR(model, params, lr=0.01, eps=1e-6, interval=2, vectors=2),
+        needs_loss=False,
+        second_order=False,
+        tolerance=1e-8,
+    ),
+    OptimizerCase(
+        "mkor, means",
+        lambda model, params: MKOR(
+            model,
+            params,
+            lr=0.05,
+            inner="sgd",
+            statistic="mean",
+            interval=3,
+            damping=0.1,
+            weight_decay=0.01,
+        ),
+        needs_loss=False,
+        second_order=False,
+    ),
+    OptimizerCase(
+        "mkor-h",
+        lambda model, params: MKOR(
+            model,
+            params,
+            lr=0.05,
+            inner="sgd",
+            interval=1,
+            hybrid=True,
+            cost=1.5,
+            block=4,
+            every=2,
+            patience=1,
+            dtype=torch.float64,
+        ),
+        second_order=False,
     ),
 ]
