@@ -34,7 +34,7 @@ from curvlib.core.forward import has_compiled
 from curvlib.core.loss import Loss
 from curvlib.core.space import ParamSelection, ParamSpace, select
 from curvlib.operators.coverage import Coverage, coverage_of
-from curvlib.operators.hidden_calls import HiddenReplay, layers_inside
+from curvlib.operators.hidden_calls import HiddenReplay, distinct, layers_inside
 from curvlib.operators.kfac_layers import factored_layers
 from curvlib.operators.layer_replay import ModuleCall
 from curvlib.operators.layer_uses import Use
@@ -259,13 +259,15 @@ class LayerRecorder:
 
     def _note_replay(
         self, replay: HiddenReplay, _: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
-        outputs = tuple(tensors(output))
+    ) -> Any:
         if not torch.is_grad_enabled() or in_backward():
-            return
+            return None
+        taken = distinct(replay.module, output)
+        outputs = tuple(tensors(output if taken is None else taken))
         found = self._current((args, kwargs))
         own = ModuleCall(detached(args), detached(kwargs), detached(outputs))
         found.calls.append(_Call(None, (replay, own), self._watched(found, outputs)))
+        return taken
 
     def _watched(self, found: _Pass, outputs: Sequence[Tensor]) -> slice:
         """Watches for gradients at outputs of a call; where they will be found."""

@@ -19,11 +19,10 @@ class ModuleHook:
         self.method = method
         self.before = before
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Calls the recorder's method, if there is a recorder still."""
         recorder = self.recorder()
-        if recorder is not None:
-            getattr(recorder, self.method)(*self.before, *args)
+        return None if recorder is None else getattr(recorder, self.method)(*self.before, *args)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return nothing

@@ -16,7 +16,9 @@ import curvlib as cl
 from curvlib.operators.hidden_calls import HiddenReplay, layers_inside, noted
 from curvlib.operators.kfac import KFAC, kfac
 from curvlib.operators.kfac_layers import factored_layers
+from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.layer_replay import ModuleCall
+from curvlib.operators.layer_rows import input_matrix, output_matrix
 from tests.operators.factored import (
     F64,
     FISHERS,
@@ -494,3 +496,50 @@ def test_rows_for_recorders() -> None:
     model.train()
     with pytest.raises(RuntimeError, match="layer 'rnn.ih_l0' was recorded before, but cannot be"):
         HiddenReplay(module, own).rows(call, sets)
+
+
+@pytest.mark.parametrize("gates", ["joint", "separate"])
+@pytest.mark.parametrize("name", [*PROBLEMS, "packed"])
+def test_recorded_rows_give_the_gradients_of_training(name: str, gates: str) -> None:
+    """The user's own backward pass, twice, in training mode; hooks change no gradient."""
+    risk = packed() if name == "packed" else problem(name)
+    model = risk.model.train()
+    recorded: list[Any] = []
+    recorder = LayerRecorder(model, sink=recorded.append, gates=gates)
+    recorder.start()
+    for scale in (1.0, 2.0):
+        grads = []
+        for on in (True, False):
+            model.zero_grad()
+            if not on:
+                recorder.stop()
+            output = model(*risk.in_memory[0][:-1])
+            (scale * CE(output, risk.in_memory[0][-1])).backward()
+            recorder.flush()
+            recorder.start()
+            grads.append({n: p.grad for n, p in model.named_parameters()})
+        mine, plain = grads
+        assert all(torch.allclose(mine[n], plain[n], rtol=1e-12, atol=1e-15) for n in plain)
+        found = recorded.pop()
+        assert not recorded
+        seen = set()
+        for layer in recorder.layers:
+            own = [i for i, use in enumerate(found.uses) if use.layer == layer.name]
+            if layer.roles != ("matrix",):
+                seen.update(layer.names)
+                continue
+            uses, gradients = [found.uses[i] for i in own], [found.gradients[i] for i in own]
+            n = found.examples
+            left = output_matrix(layer, uses, gradients, n, slice(0, n), F64)
+            right = input_matrix(layer, uses, n, slice(0, n), F64)
+            matrix = torch.einsum("gnto,gnti->goi", left, right)
+            column = 0
+            for part in layer.parts:
+                piece = matrix[..., column : column + part.columns].reshape(-1)
+                flat = risk.space.join([plain[n] for n in risk.space.names])
+                expected = flat[part.start : part.start + piece.numel()]
+                assert torch.allclose(piece, expected, rtol=1e-9, atol=1e-12), layer.name
+                column += part.columns
+            seen.update(layer.names)
+        assert seen == inside(risk)
+    recorder.close()
