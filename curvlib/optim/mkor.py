@@ -183,7 +183,7 @@ class MKOR(CurvatureOptimizer):
             "damping": damping,
             "maximize": maximize,
         }
-        params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+        params = model.parameters() if params is None else params
         super().__init__(params, defaults, seed=seed, process_group=process_group)
         self._switch()
 

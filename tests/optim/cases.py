@@ -104,10 +104,12 @@ OPTIMIZERS: list[OptimizerCase] = [
         "mfac, tensors",
         lambda model, params: MFAC(
             given(model, params),
-            lr=0.002,
+            lr=0.01,
             size=4,
             window="tensor",
             momentum=0.0,
+            damping=0.1,
+            relative=False,
             norm_matching=False,
             trust=0.5,
         ),
