@@ -298,8 +298,8 @@ def _begun(folder: Path, queries: int, dtype: str, identity: dict[str, Any]) -> 
             )
         return ScoreMatrix(folder, queries, dtype, identity, (), False)._written()
     found = ScoreMatrix.open(folder)
-    old = {**found.identity, "queries": found.queries, "dtype": found.dtype}
-    new = {**identity, "queries": queries, "dtype": dtype}
+    old = {"number of queries": found.queries, "dtype": found.dtype, **found.identity}
+    new = {"number of queries": queries, "dtype": dtype, **identity}
     changes = [
         f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

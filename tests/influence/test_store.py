@@ -271,8 +271,10 @@ def test_other_scores_are_refused_and_left_alone(tmp_path):
     before = bits(folder)
     with pytest.raises(ValueError, match=r"damping was 0\.1 and is now 0\.2"):
         written(folder, identity={**IDENTITY, "damping": 0.2})
-    with pytest.raises(ValueError, match="queries was 3 and is now 4"):
+    with pytest.raises(ValueError, match="number of queries was 3 and is now 4"):
         written(folder, queries=4)
+    with pytest.raises(ValueError, match="queries was None and is now 'other'"):
+        written(folder, identity={**IDENTITY, "queries": "other"})
     with pytest.raises(ValueError, match="dtype was 'float32' and is now 'float64'"):
         written(folder, dtype=torch.float64)
     assert bits(folder) == before
