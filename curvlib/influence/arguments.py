@@ -25,6 +25,7 @@ def numbers(chosen: Iterable[int] | Tensor | None) -> Tensor | None:
     if chosen is None:
         return None
     out = torch.as_tensor(chosen if isinstance(chosen, Tensor) else list(chosen)).cpu()
+    out = out if out.numel() else out.long()
     if out.ndim != 1 or out.is_floating_point() or out.dtype == torch.bool:
         raise TypeError(
             f"chosen= is the numbers of examples, integers [n], got {out.dtype} of shape "
