@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.layer_vectors import vectors as vectors_of
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.rules.mkor import Inverse, init, norm_matched, preconditioned, update
 
@@ -87,37 +88,74 @@ def sums_of(layer: FactoredLayer, pending: Mapping[str, Tensor]) -> dict[str, Te
     return {key: pending[name] for key, name in names.items() if name in pending}
 
 
-def precondition(
-    places: LayerPlaces,
-    inverses: LayerInverses,
-    params: Mapping[str, Tensor],
-    gradients: Mapping[int, Tensor],
-    along: dict[int, Tensor],
-) -> None:
-    """Preconditions a layer's gradient, and gives it its norm again, weight and bias together.
+def advanced(
+    layers: Iterable[tuple[FactoredLayer, Mapping[str, Any]]],
+    inverses: Mapping[str, LayerInverses],
+    pending: Mapping[str, Tensor],
+    *,
+    signed: bool,
+    ranks: int,
+    dtype: torch.dtype,
+) -> dict[str, LayerInverses]:
+    """All inverses, those of layers with pending sums moved.
 
     Args:
-        places: Where the layer's matrix lies.
-        inverses: Of the layer.
-        params: Its parameters, by name.
-        gradients: Of parameters, by ``id``; some may be absent.
-        along: Directions by ``id``, into which the result goes; what the layer does not reach of a
-            parameter stays as it is.
+        layers: Layers, with the groups of their weights: ``decay`` and ``damping`` are read.
+        inverses: Before, by layer.
+        pending: Sums over rows.
+        signed: Whether rows had random signs.
+        ranks: How many ranks there are.
+        dtype: What inverses are stored in, at first.
     """
-    present = {n: gradients[id(p)] for n, p in params.items() if id(p) in gradients}
-    if not present:
-        return
-    dtype = inverses.tensors[-1].dtype
-    matrix = places.read(present, dtype)
-    found = preconditioned(matrix, inverses.left, inverses.right)
-    if len(present) < len(params):
-        found = found * places.read({n: torch.ones_like(g) for n, g in present.items()}, dtype)
-    (found,) = norm_matched([found], [matrix])
-    for n in present:
-        key = id(params[n])
-        if along[key] is gradients[key]:
-            along[key] = along[key].to(dtype, copy=True, memory_format=torch.contiguous_format)
-    places.write(found, {n: along[id(params[n])] for n in present})
+    out = dict(inverses)
+    for layer, group in layers:
+        sums = sums_of(layer, pending)
+        if sums:
+            out[layer.name] = moved(
+                layer,
+                inverses.get(layer.name),
+                vectors_of(layer, sums, signed=signed, ranks=ranks),
+                dtype=dtype,
+                decay=float(group["decay"]),
+                damping=float(group["damping"]),
+            )
+    return out
+
+
+def directions(
+    layers: Iterable[tuple[FactoredLayer, LayerPlaces]],
+    inverses: Mapping[str, LayerInverses],
+    params: Mapping[str, Tensor],
+    gradients: Mapping[int, Tensor],
+) -> dict[int, Tensor]:
+    """Gradients, preconditioned where a layer's inverses reach, by ``id`` of the parameter.
+
+    The gradient of each layer keeps its norm, weight and bias together.
+
+    Args:
+        layers: Layers, and where their matrices lie.
+        inverses: By layer.
+        params: Parameters, by name.
+        gradients: Of parameters, by ``id``; some may be absent.
+    """
+    out = dict(gradients)
+    for layer, places in layers:
+        keys = {n: id(params[n]) for n in layer.names if id(params[n]) in gradients}
+        own = inverses.get(layer.name)
+        if not keys or own is None or not own.fits(layer):
+            continue
+        dtype = own.tensors[-1].dtype
+        present = {n: gradients[key] for n, key in keys.items()}
+        matrix = places.read(present, dtype)
+        found = preconditioned(matrix, own.left, own.right)
+        if len(keys) < len(layer.names):
+            found = found * places.read({n: torch.ones_like(g) for n, g in present.items()}, dtype)
+        (found,) = norm_matched([found], [matrix])
+        for key in keys.values():
+            if out[key] is gradients[key]:
+                out[key] = out[key].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        places.write(found, {n: out[key] for n, key in keys.items()})
+    return out
 
 
 def cost_of_steps(

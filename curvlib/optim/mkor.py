@@ -32,21 +32,19 @@ from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.layer_vectors import Signs, row_sums, summable, zero_sums
-from curvlib.operators.layer_vectors import vectors as vectors_of
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
 from curvlib.optim.gradients import finite
 from curvlib.optim.layer_inverses import (
     LayerInverses,
+    advanced,
     cost_of_steps,
-    moved,
-    precondition,
-    sums_of,
+    directions,
 )
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.persistence import restored
 from curvlib.optim.rest import RULES, rest_change
-from curvlib.optim.rules.hybrid import HybridState
+from curvlib.optim.rules.hybrid import HybridState, Trials
 from curvlib.optim.rules.hybrid import update as judged
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
 
@@ -156,16 +154,8 @@ class MKOR(CurvatureOptimizer):
         self.max_side = arguments.count("max_side", max_side)
         self.dtype = dtype
         self.cost = None if cost is None else float(cost)
-        self._blocks = {
-            "length": arguments.count("block", block),
-            "every": arguments.count("every", every),
-            "patience": arguments.count("patience", patience),
-        }
-        if block < 4 or every < 2:
-            raise ValueError(
-                "a block has at least 4 steps and a cycle at least 2 blocks, got "
-                f"block={block} and every={every}"
-            )
+        blocks = {"block": block, "every": every, "patience": patience}
+        self.trials = Trials(**{key: arguments.count(key, n) for key, n in blocks.items()})
         self.hybrid = HybridState() if hybrid else None
         self.model = model
         self.inverses: dict[str, LayerInverses] = {}
@@ -201,7 +191,7 @@ class MKOR(CurvatureOptimizer):
     @property
     def second_order(self) -> bool:
         """Whether the coming step is preconditioned."""
-        return self.hybrid is None or self.hybrid.second_order(self._blocks["every"])
+        return self.hybrid is None or self.hybrid.second_order(self.trials)
 
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned, and why the others are not."""
@@ -369,34 +359,27 @@ class MKOR(CurvatureOptimizer):
             )
         if self._due() and not self.pending and not self.clock.curvature_updates:
             self._missing()
-        inverses = dict(self.inverses)
-        rows: list[tuple[FactoredLayer, float]] = []
-        for name, layer in self._layers.items():
-            sums = sums_of(layer, self.pending)
-            if sums:
-                group = self._group_of(layer)
-                inverses[name] = moved(
-                    layer,
-                    inverses.get(name),
-                    vectors_of(layer, sums, signed=self.signed, ranks=self.replicas),
-                    dtype=self.dtype or self._dtype(),
-                    decay=float(group["decay"]),
-                    damping=float(group["damping"]),
-                )
-                if self.cost is None:
-                    rows.append((layer, float(sums["rows"]) / self.replicas))
+        layers = [(layer, self._group_of(layer)) for layer in self._layers.values()]
+        inverses = self.inverses
+        if self.pending:
+            inverses = advanced(
+                layers,
+                self.inverses,
+                self.pending,
+                signed=self.signed,
+                ranks=self.replicas,
+                dtype=self.dtype or self._dtype(),
+            )
         given = {
             id(p): g
             for group, grads in zip(self.param_groups, gradients, strict=True)
             for p, g in zip(group["params"], grads, strict=True)
             if g is not None
         }
-        along = dict(given)
-        if self.second_order:
-            for name, layer in self._layers.items():
-                if name in inverses and inverses[name].fits(layer):
-                    params = {n: self.recorder.params[n] for n in layer.names}
-                    precondition(self._places[name], inverses[name], params, given, along)
+        along = given
+        if self.second_order and self._layers:
+            places = [(layer, self._places[layer.name]) for layer, _ in layers]
+            along = directions(places, inverses, self.recorder.params, given)
         work = [
             (p, *rest_change(self.inner, p, along[id(p)], self.state.get(p, {}), _inner(group)))
             for _, p, group in self.parameters()
@@ -409,14 +392,21 @@ class MKOR(CurvatureOptimizer):
             p.add_(change.to(p.dtype))
             self.state[p] = state
         self.inverses = inverses
-        if rows:
-            k = self.vectors if self.signed else 1
-            self.cost = cost_of_steps(rows, interval=self.interval, vectors=k)
+        if self.cost is None and self.pending:
+            self.cost = self._cost_of_steps()
         if self.hybrid is not None and loss is not None:
-            self.hybrid = judged(self.hybrid, float(loss), cost=self.cost or 1.0, **self._blocks)
+            self.hybrid = judged(self.hybrid, float(loss), self.trials, cost=self.cost or 1.0)
             if self.switched_at is not None:
                 self.inverses = {}
         return True
+
+    def _cost_of_steps(self) -> float:
+        rows = [
+            (layer, float(self.pending[f"{name}|rows"]) / self.replicas)
+            for name, layer in self._layers.items()
+            if f"{name}|rows" in self.pending
+        ]
+        return cost_of_steps(rows, interval=self.interval, vectors=self.vectors)
 
     def _group_of(self, layer: FactoredLayer) -> dict[str, Any]:
         """The group of a layer's first parameter, its weight if it has one."""
@@ -429,7 +419,7 @@ class MKOR(CurvatureOptimizer):
             "inner": self.inner,
             "statistic": self.statistic,
             "cost": self.cost,
-            "hybrid": None if self.hybrid is None else _plain(self.hybrid),
+            "hybrid": None if self.hybrid is None else self.hybrid.plain(),
             "inverses": {name: own.plain() for name, own in self.inverses.items()},
         }
 
@@ -450,9 +440,7 @@ class MKOR(CurvatureOptimizer):
                 "model has not; load a state of the same model"
             )
         self.inverses, self.cost = inverses, state["cost"]
-        if state["hybrid"] is not None:
-            losses = tuple(state["hybrid"]["losses"])
-            self.hybrid = HybridState(**{**state["hybrid"], "losses": losses})
+        self.hybrid = None if state["hybrid"] is None else HybridState.from_plain(state["hybrid"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state: see :meth:`CurvatureOptimizer.load_state_dict`."""
@@ -479,11 +467,6 @@ class _Sink:
         optimizer = self.optimizer()
         if optimizer is not None:
             optimizer.take(found)
-
-
-def _plain(state: HybridState) -> dict[str, Any]:
-    """As a state dict keeps it."""
-    return {**vars(state), "losses": list(state.losses)}
 
 
 def _inner(group: dict[str, Any]) -> dict[str, Any]:

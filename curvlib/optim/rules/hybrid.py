@@ -24,7 +24,35 @@ method", but not which.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Trials:
+    """When first-order steps are tried.
+
+    Attributes:
+        block: Steps of a block, at least 4.
+        every: Blocks of a cycle, of which the last is a trial; at least 2.
+        patience: Trials in a row that must count against second-order steps.
+
+    Raises:
+        ValueError: If a block or a cycle is shorter.
+    """
+
+    block: int = 20
+    every: int = 4
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        if self.block < 4 or self.every < 2 or self.patience < 1:
+            raise ValueError(
+                "a block has at least 4 steps, a cycle at least 2 blocks, and patience= is at "
+                f"least 1; got block={self.block}, every={self.every} and "
+                f"patience={self.patience}"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,9 +79,18 @@ class HybridState:
     trials: int = 0
     switched_at: int | None = None
 
-    def second_order(self, every: int) -> bool:
+    def second_order(self, trials: Trials) -> bool:
         """Whether the next step is a second-order one."""
-        return self.switched_at is None and self.block < every - 1
+        return self.switched_at is None and self.block < trials.every - 1
+
+    def plain(self) -> dict[str, Any]:
+        """As a state dict keeps it."""
+        return {**vars(self), "losses": list(self.losses)}
+
+    @classmethod
+    def from_plain(cls, kept: Mapping[str, Any]) -> HybridState:
+        """From what :meth:`plain` returned."""
+        return cls(**{**kept, "losses": tuple(kept["losses"])})
 
 
 def init() -> HybridState:
@@ -75,33 +112,23 @@ def rate(losses: tuple[float, ...]) -> float:
     return -slope / (n * (n * n - 1) / 12.0)
 
 
-def update(
-    state: HybridState,
-    loss: float,
-    *,
-    cost: float,
-    length: int = 20,
-    every: int = 4,
-    patience: int = 3,
-) -> HybridState:
+def update(state: HybridState, loss: float, trials: Trials, *, cost: float) -> HybridState:
     r"""The state after a step, with the loss that it began with.
 
     Args:
         state: Before it.
         loss: Of its batch. One that is not finite is passed over.
+        trials: When first-order steps are tried.
         cost: :math:`\kappa`, of a second-order step in first-order steps.
-        length: Steps of a block, at least 4.
-        every: Blocks of a cycle, of which the last is a trial; at least 2.
-        patience: Trials in a row that must count against.
     """
     if state.switched_at is not None or not math.isfinite(loss):
         return replace(state, steps=state.steps + 1)
     losses = (*state.losses, loss)
     state = replace(state, steps=state.steps + 1, losses=losses)
-    if len(losses) < length:
+    if len(losses) < trials.block:
         return state
     found = rate(losses)
-    following = (state.block + 1) % every
+    following = (state.block + 1) % trials.every
     state = replace(state, losses=(), block=following)
     if following == 0:
         return replace(state, trial=found)
@@ -109,7 +136,7 @@ def update(
         second = 0.5 * (state.before + found)
         worse = state.trial >= (second / cost if second > 0.0 else second)
         against = state.against + 1 if worse else 0
-        over = state.steps if against >= patience else None
+        over = state.steps if against >= trials.patience else None
         state = replace(
             state, trial=None, against=against, trials=state.trials + 1, switched_at=over
         )
