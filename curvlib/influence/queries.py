@@ -13,6 +13,7 @@ from curvlib.core.loss import read_loss
 from curvlib.core.risk import Risk
 from curvlib.influence.compression import compressed, require_compression
 from curvlib.influence.directions import Directions, query_directions
+from curvlib.influence.factored import factored_blocks, factored_parts
 from curvlib.influence.low_rank import joined
 from curvlib.influence.preconditioner import Preconditioner
 
@@ -101,7 +102,7 @@ def fitting_directions(
     rank: int | None,
     tolerance: float | None,
 ) -> Directions:
-    """Directions of queries, compressed or not.
+    """Directions of queries, compressed or not; factored where they are low-rank exactly.
 
     Raises:
         ValueError: If queries cannot go through the model, and differ from the training data.
@@ -111,6 +112,9 @@ def fitting_directions(
     if rank is not None or tolerance is not None:
         keep = partial(compressed, rank=rank, tolerance=tolerance)
     try:
+        if reduction is None and factored_blocks(preconditioner):
+            parts = list(factored_parts(queries, preconditioner, rank=rank, keep=keep))
+            return {name: joined([part[name] for part in parts]) for name in parts[0]}
         return query_directions(
             queries, preconditioner, reduction=reduction, keep=keep, join=joined
         )

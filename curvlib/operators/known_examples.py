@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from curvlib.core.batch import Batch
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count
@@ -21,5 +23,5 @@ def known_examples(risk: Risk) -> int | None:
     if risk.in_memory is not None:
         batches = enumerate(risk.in_memory)
         return sum(example_count(Batch(risk, i, data)) for i, data in batches)
-    data = getattr(risk.data, "dataset", None)
+    data: Any = getattr(risk.data, "dataset", None)
     return len(data) if hasattr(data, "__len__") else None

@@ -1,0 +1,86 @@
+"""Gradients of examples as the products of rows that they are, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from curvlib.core.risk import Risk
+from curvlib.operators.score_blocks import ScoreBlock, score_blocks
+from curvlib.operators.score_passes import GradientPasses
+from curvlib.operators.score_rows import Term, matrices, terms
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleRows:
+    r"""Gradients :math:`G_n = \sum_t l_{nt} r_{nt}^\top` of some examples in one block.
+
+    Attributes:
+        block: The block.
+        left: ``[G, n, T, O]``, or ``None`` where gradients are no products of fewer rows.
+        right: ``[G, n, T, I]``, or ``None``.
+        whole: The gradients ``[n, G, O, I]`` where they are not.
+    """
+
+    block: ScoreBlock
+    left: Tensor | None
+    right: Tensor | None
+    whole: Tensor | None
+
+
+def example_rows(risk: Risk, *, block: int = 64) -> Iterator[list[ExampleRows]]:
+    """Gradients of summed loss terms of a risk's examples, in their order, in all blocks.
+
+    Rows are given where they take less memory than the gradient: ``T (O + I) < O I``.
+
+    Args:
+        risk: Model, loss, data and parameters.
+        block: Examples at a time, at most.
+
+    Raises:
+        ValueError: If examples depend on each other, or have unknown shares of the loss.
+        FloatingPointError: If a gradient is not finite; names the layer.
+
+    Example:
+        >>> import torch, curvlib as cl
+        >>> x, y = torch.randn(3, 8), torch.randn(3, 8)
+        >>> risk = cl.Risk(torch.nn.Linear(8, 8), torch.nn.MSELoss(), (x, y))
+        >>> ((rows,),) = example_rows(risk)
+        >>> rows.left.shape, rows.right.shape
+        (torch.Size([1, 3, 1, 8]), torch.Size([1, 3, 1, 9]))
+    """
+    blocks = score_blocks(risk)
+    passes = GradientPasses(risk, blocks)
+    batches = risk.batches()
+    while True:
+        with risk.untouched():
+            batch = next(batches, None)
+            if batch is None:
+                return
+            stream = passes.of(batch)
+        while True:
+            with risk.untouched():
+                found = next(stream, None)
+                if found is None:
+                    break
+                found.require_finite()
+            for start in range(0, found.examples, block):
+                with risk.untouched():
+                    at = slice(start, min(start + block, found.examples))
+                    out = []
+                    for own in blocks:
+                        parts = list(terms(own, found, at, risk.space.dtype))
+                        out.append(_rows(own, parts, at.stop - at.start, risk))
+                yield out
+
+
+def _rows(block: ScoreBlock, own: Sequence[Term], n: int, risk: Risk) -> ExampleRows:
+    _, O, I = block.shape  # noqa: E741 (the axes of outputs and inputs)
+    if len(own) == 1 and own[0].left.is_floating_point():
+        left, right = own[0].left, own[0].right
+        if right.shape[2] * (O + I) < O * I:
+            return ExampleRows(block, left, right, None)
+    zeros = risk.space.empty().new_zeros((n, *block.shape))
+    return ExampleRows(block, None, None, matrices(block, own, zeros))
