@@ -50,9 +50,9 @@ def top_entries(row: Tensor, parts: Sequence[int], kept: Sequence[int]) -> Tenso
     """
     found = []
     for start, n, k in zip(itertools.accumulate(parts, initial=0), parts, kept, strict=False):
-        part = row[start : start + n]
-        largest = torch.arange(n, device=row.device)
-        if k < n:
-            largest = part.abs().topk(k, sorted=False).indices.sort().values
-        found.append(largest + start)
+        if k == n:
+            found.append(torch.arange(start, start + n, device=row.device))
+        else:
+            magnitudes = row[start : start + n].abs()
+            found.append(magnitudes.topk(k, sorted=False).indices.sort().values + start)
     return torch.cat(found)

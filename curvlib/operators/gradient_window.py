@@ -50,21 +50,6 @@ class Prepared:
     zero: bool
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Of the newest row ``g`` of a window and of ``u = F^{-1} g``.
-
-    Attributes:
-        row: The norm of ``g``.
-        direction: The norm of ``u``.
-        quadratic: ``u^T F u = g^T F^{-1} g``, summed over parts: below ``c`` in each.
-    """
-
-    row: float
-    direction: float
-    quadratic: float
-
-
 class GradientWindow:
     """The last gradients of some tensors, and what they precondition with.
 
@@ -89,10 +74,8 @@ class GradientWindow:
     Example:
         >>> window = GradientWindow([2, 1], 8, dtype=torch.float64)
         >>> window.push(window.prepared(torch.tensor([3.0, 4.0, 0.0])))
-        >>> window.direction(1.0, "rows").tolist()
-        [0.06, 0.08, 0.0]
-        >>> window.lengths_of_newest(1.0, "rows")
-        Lengths(row=5.0, direction=0.1, quadratic=0.5)
+        >>> window.direction(1.0, "rows").tolist(), window.quadratic(1.0, "rows")
+        ([0.06, 0.08, 0.0], 0.5)
     """
 
     def __init__(
@@ -148,15 +131,15 @@ class GradientWindow:
         """
         if not isinstance(self.window, SparseWindow):
             values = row.to(self.window.dtype)
-            length = _norm(values)
+            length = norm(values)
             return Prepared(values, None, None, length == 0) if length < LONGEST else None
         assert self.residual is not None
         residual = row + self.residual
-        if not _norm(residual) < LONGEST:
+        if not norm(residual) < LONGEST:
             return None
         columns = top_entries(residual, self.window.parts, self.window.kept)
         values = residual[columns].to(self.window.dtype)
-        if not (length := _norm(values)) < LONGEST:
+        if not (length := norm(values)) < LONGEST:
             return None
         residual[columns] -= values.to(residual.dtype)
         return Prepared(values, columns, residual, length == 0)
@@ -193,19 +176,16 @@ class GradientWindow:
         assert found is not None
         return found.to(self.vector_dtype)
 
-    def lengths_of_newest(self, damping: float, relative: bool | str) -> Lengths:
-        r"""Lengths of the newest row and of its direction, from the ``m x m`` side: no pass.
-
-        With :math:`a = c K^{-1} e`: :math:`\lVert u \rVert^2 = a^\top G G^\top a`, and
-        :math:`g^\top F^{-1} g = e^\top G G^\top a`.
-        """
+    def quadratic(self, damping: float, relative: bool | str) -> float:
+        """``g^T F^{-1} g`` for the newest row, summed over parts: below ``c`` in each. No pass."""
         system = self._systems.current(damping, relative)
         slot = self.window.slot(-1)
-        coefficients = system.coefficients_of_row(slot)[:, :, 0]
-        products = (system.gram @ coefficients[:, :, None])[:, :, 0]
-        squares = [system.gram[:, slot, slot], coefficients * products, products[:, slot]]
-        row, direction, quadratic = torch.stack([x.sum() for x in squares]).tolist()
-        return Lengths(math.sqrt(row), math.sqrt(max(direction, 0.0)), quadratic)
+        return float((system.gram[:, slot] * system.coefficients_of_row(slot)[:, :, 0]).sum())
+
+    def newest_norm(self) -> float:
+        """The norm of the newest row. No pass."""
+        slot = self.window.slot(-1)
+        return math.sqrt(float(self.window.stored_gram()[:, slot, slot].sum()))
 
     # ---------------------------------------------------------------- more tensors
     def widened(self, more: Sequence[int]) -> GradientWindow:
@@ -276,7 +256,7 @@ class GradientWindow:
         return out
 
 
-def _norm(vector: Tensor) -> float:
+def norm(vector: Tensor) -> float:
     """The norm, in float64: NaN or infinite if an entry is."""
     return float(torch.linalg.vector_norm(vector, dtype=F64)) if vector.numel() else 0.0
 

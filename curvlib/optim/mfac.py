@@ -52,7 +52,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.operators.gradient_window import GradientWindow, Prepared
+from curvlib.operators.gradient_window import GradientWindow, Prepared, norm
 from curvlib.operators.window_arguments import require_dtype
 from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, number, positive
 from curvlib.optim.rules import mfac as rule
@@ -249,15 +249,13 @@ class MFAC(CurvatureOptimizer):
         group = self.param_groups[plan.index]
         damping, relative = number(group, "damping"), group["relative"]
         direction = window.direction(damping, relative)
-        if group["trust"] is None and not group["norm_matching"]:
-            return direction, 1.0
-        found = window.lengths_of_newest(damping, relative)
+        wanted, trust = 1.0, group["trust"]
+        if group["norm_matching"] and (length := norm(direction)) > 0:
+            wanted = window.newest_norm() / length
         factor = rule.factor(
-            found.row,
-            found.direction,
-            found.quadratic,
-            norm_matching=group["norm_matching"],
-            trust=None if group["trust"] is None else number(group, "trust"),
+            wanted,
+            quadratic=0.0 if trust is None else window.quadratic(damping, relative),
+            trust=None if trust is None else number(group, "trust"),
         )
         return direction, factor
 

@@ -57,30 +57,21 @@ def init(parameter: Tensor) -> Tensor:
     )
 
 
-def factor(
-    row: float, direction: float, quadratic: float, *, norm_matching: bool, trust: float | None
-) -> float:
+def factor(wanted: float, quadratic: float, trust: float | None) -> float:
     r"""What a direction is multiplied by, :math:`s`.
 
     Args:
-        row: :math:`\lVert g \rVert`.
-        direction: :math:`\lVert u \rVert`.
-        quadratic: :math:`q = g^\top F^{-1} g`.
-        norm_matching: Whether directions get the length of gradients.
+        wanted: :math:`\lVert g \rVert / \lVert u \rVert`, or 1.
+        quadratic: :math:`q = g^\top F^{-1} g`; without ``trust`` it does not matter.
         trust: :math:`\kappa`; ``None`` for no bound.
 
     Example:
-        >>> factor(2.0, 1.0, 16.0, norm_matching=True, trust=None)
-        2.0
-        >>> factor(2.0, 1.0, 16.0, norm_matching=True, trust=4.0)
-        0.5
+        >>> factor(2.0, 16.0, None), factor(2.0, 16.0, 4.0), factor(1.0, 1.0, 4.0)
+        (2.0, 0.5, 1.0)
     """
-    out = 1.0
-    if norm_matching and direction > 0.0:
-        out = row / direction
-    if trust is not None and quadratic * out * out > trust:
-        out = math.sqrt(trust / quadratic)
-    return out
+    if trust is not None and quadratic * wanted * wanted > trust:
+        return math.sqrt(trust / quadratic)
+    return wanted
 
 
 def update(
