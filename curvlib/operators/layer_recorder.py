@@ -305,11 +305,13 @@ class LayerRecorder:
             return
         assert self.loss is not None
         edges = found.edges
+        with torch.enable_grad():  # which is off in a backward pass
+            output = self._readable(found.output)
         self.pulling = True
         try:
             found.terms, sampled = pulled_back(
                 self.loss,
-                self._readable(found.output),
+                output,
                 (list(tensors(found.output))[index], gradient),
                 [edge for edge in edges if edge is not None],
                 content=found.inputs,

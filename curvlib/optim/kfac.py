@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from curvlib.core.loss import read_loss
 from curvlib.operators.coverage import Coverage, coverage_of
-from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
 from curvlib.optim.layer_curvature import LayerCurvature, updated
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
+from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
 from curvlib.optim.persistence import restored
 from curvlib.optim.rest import RULES, rest_change
-from curvlib.optim.rules.kfac import inverted, kl_scale, preconditioned
+from curvlib.optim.rules.kfac import kl_scale
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
 
 _FISHERS = ("empirical", "mc")
@@ -157,7 +157,7 @@ class KFAC(CurvatureOptimizer):
         self.output = output
         self.layers: dict[str, LayerCurvature] = {}
         self.decomposed_at: int | None = None
-        self._inverses: dict[str, tuple[float, Tensor]] = {}
+        self._inverses: dict[str, Inverse] = {}
         self._scale = 1.0
         self._recorder: LayerRecorder | None = None
         if params is None:
@@ -312,48 +312,49 @@ class KFAC(CurvatureOptimizer):
     # --------------------------------------------------------------------------- update
     def _update(self, gradients: Gradients) -> bool | None:
         layers, inverses, decomposed_at = self._advanced()
-        found = {
-            id(p): (p, g, group)
+        members = {
+            id(p): Member(p, g, group)
             for group, grads in zip(self.param_groups, gradients, strict=True)
             for p, g in zip(group["params"], grads, strict=True)
             if g is not None
         }
-        natural: dict[int, Tensor] = {}
-        entries: dict[int, int] = {}
-        for layer in self.recorder.layers:
-            if layer.name in layers:
-                sizes = self._natural(layer, layers[layer.name], inverses, found, natural)
-                for key, size in sizes.items():
-                    entries[key] = entries.get(key, 0) + size
-        # of attention's projections, all are known or none is used
-        natural = {k: v for k, v in natural.items() if entries[k] == v.numel()}
+        recorder = self.recorder
+        natural = natural_gradients(
+            [(layer, self._places[layer.name]) for layer in recorder.layers],
+            recorder.params,
+            members,
+            layers,
+            inverses,
+            relative=self.relative,
+            dtype=recorder.dtype,
+        )
         products = {
-            key: torch.dot(v.view(-1), found[key][1].reshape(-1).to(v.dtype))
+            key: torch.dot(v.view(-1), members[key].gradient.reshape(-1).to(v.dtype))
             for key, v in natural.items()
         }
         if products and not bool(torch.stack(list(products.values())).isfinite().all()):
             return False
-        rest = {
-            key: rest_change(self.inner, p, g, self.state.get(p, {}), group)
-            for key, (p, g, group) in found.items()
-            if key not in natural
-        }
+        rest = [(m.parameter, *self._rest(m)) for key, m in members.items() if key not in natural]
         self.layers, self._inverses, self.decomposed_at = layers, inverses, decomposed_at
         for group in self.param_groups:
-            members = [p for p in group["params"] if id(p) in natural]
-            each = [(products[id(p)], float(group["lr"])) for p in members]
+            params = [p for p in group["params"] if id(p) in natural]
+            each = [(products[id(p)], float(group["lr"])) for p in params]
             clip = kl_scale(each, group["kl_clip"])
-            self._write(group, members, [natural[id(p)] for p in members], clip)
-        for key, (change, state) in rest.items():
-            p = found[key][0]
+            step_along(params, [natural[id(p)] for p in params], self.state, group, clip)
+        for p, change, state in rest:
             p.add_(change)
             self.state[p].update(state)
         return None
 
+    def _rest(self, member: Member) -> tuple[Tensor, dict[str, Any]]:
+        """Step and state of a parameter without curvature."""
+        known = self.state.get(member.parameter, {})
+        return rest_change(self.inner, member.parameter, member.gradient, known, member.group)
+
     def _advanced(
         self,
-    ) -> tuple[dict[str, LayerCurvature], dict[str, tuple[float, Tensor]], int | None]:
-        """Factors, cached inverses and step of the last decomposition, with what is pending."""
+    ) -> tuple[dict[str, LayerCurvature], dict[str, Inverse], int | None]:
+        """Factors, inverses and the step of the last decomposition, with what is pending."""
         if not self.pending:
             return self.layers, dict(self._inverses), self.decomposed_at
         last = self.decomposed_at
@@ -365,76 +366,18 @@ class KFAC(CurvatureOptimizer):
             sum_of_terms=self.loss is not None and self.loss.reduction == "sum",
             ranks=self.replicas,
         )
-        layers = dict(self.layers)
+        layers, inverses = dict(self.layers), dict(self._inverses)
         for name, (left, right, squares) in batch.items():
             old = layers.get(name)
             if old is not None and old.shapes != (left.shape, right.shape):
                 old = None  # a bias was frozen, or set free
-            new = updated(old, left, right, squares, self.factor_decay)
-            if again or new.left_values is None:
-                new = new.decomposed(corrected=self.eigen_corrected)
-            layers[name] = new
-        inverses = (
-            {}
-            if again or self.eigen_corrected
-            else {
-                name: own
-                for name, own in self._inverses.items()
-                if name not in batch or layers[name].left_values is self.layers[name].left_values
-            }
-        )
+            layers[name] = updated(old, left, right, squares, self.factor_decay)
+            if again or layers[name].left_values is None:
+                layers[name] = layers[name].decomposed(corrected=self.eigen_corrected)
+            elif not self.eigen_corrected:
+                continue  # eigenvalues are those of before
+            inverses.pop(name, None)
         return layers, inverses, self.clock.steps if again else last
-
-    def _natural(
-        self,
-        layer: FactoredLayer,
-        curvature: LayerCurvature,
-        inverses: dict[str, tuple[float, Tensor]],
-        found: dict[int, tuple[Tensor, Tensor, dict[str, Any]]],
-        natural: dict[int, Tensor],
-    ) -> dict[int, int]:
-        """Writes the preconditioned gradients of a layer; how many entries of each parameter."""
-        params = {name: self.recorder.params[name] for name in layer.names}
-        present = {n: found[id(p)][1] for n, p in params.items() if id(p) in found}
-        if not present:
-            return {}
-        group = found[id(params[next(iter(present))])][2]
-        damping = float(group["damping"])
-        cached = inverses.get(layer.name)
-        if cached is None or cached[0] != damping:
-            values = curvature.eigenvalues()
-            cached = (damping, inverted(values, damping, relative=self.relative))
-            inverses[layer.name] = cached
-        places = self._places[layer.name]
-        matrix = places.read(present, self.recorder.dtype)
-        matrix = preconditioned(matrix, *curvature.basis, cached[1])
-        for name in present:
-            if id(params[name]) not in natural:
-                natural[id(params[name])] = torch.zeros(
-                    params[name].shape, dtype=matrix.dtype, device=matrix.device
-                )
-        places.write(matrix, {name: natural[id(params[name])] for name in present})
-        return {id(params[n]): size for n, size in places.sizes().items() if n in present}
-
-    def _write(
-        self, group: dict[str, Any], members: list[Tensor], steps: list[Tensor], clip: Tensor | None
-    ) -> None:
-        if not members:
-            return
-        if clip is not None:
-            torch._foreach_mul_(steps, clip.to(steps[0].dtype))
-        momentum, lr = float(group["momentum"]), float(group["lr"])
-        if momentum:
-            for p, step in zip(members, steps, strict=True):
-                if "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(step)
-            buffers = [self.state[p]["velocity"] for p in members]
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, steps)
-            steps = buffers
-        if group["weight_decay"]:
-            torch._foreach_mul_(members, 1.0 - lr * float(group["weight_decay"]))
-        torch._foreach_add_(members, steps, alpha=-lr)
 
     # ---------------------------------------------------------------------------- state
     def _extra_state(self) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Natural gradients of all layers of a model, and steps along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.optim.layer_curvature import LayerCurvature
+from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.rules.kfac import inverted, preconditioned
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A parameter that has a gradient.
+
+    Attributes:
+        parameter: The parameter.
+        gradient: Its gradient.
+        group: Hyper-parameters of its group.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    group: Mapping[str, Any]
+
+
+#: Damping of a layer, and the inverse eigenvalues with it.
+Inverse = tuple[float, Tensor]
+
+
+def natural_gradients(
+    layers: Iterable[tuple[FactoredLayer, LayerPlaces]],
+    params: Mapping[str, Tensor],
+    members: Mapping[int, Member],
+    curvature: Mapping[str, LayerCurvature],
+    inverses: MutableMapping[str, Inverse],
+    *,
+    relative: bool,
+    dtype: torch.dtype,
+) -> dict[int, Tensor]:
+    """Preconditioned gradients by ``id`` of the parameter, of parameters that are covered wholly.
+
+    Args:
+        layers: The layers.
+        params: All parameters, by name.
+        members: Those with a gradient, by ``id``.
+        curvature: Of the layers where it is known.
+        inverses: Inverse eigenvalues that are known; others are added.
+        relative: Whether damping is.
+        dtype: Of the natural gradients.
+    """
+    found: dict[int, Tensor] = {}
+    entries: dict[int, int] = {}
+    for layer, places in layers:
+        ids = {name: id(params[name]) for name in layer.names if id(params[name]) in members}
+        known = curvature.get(layer.name)
+        if known is None or not ids:
+            continue
+        damping = float(members[next(iter(ids.values()))].group["damping"])
+        inverse = inverses.get(layer.name)
+        if inverse is None or inverse[0] != damping:
+            inverse = (damping, inverted(known.eigenvalues(), damping, relative=relative))
+            inverses[layer.name] = inverse
+        matrix = places.read({name: members[key].gradient for name, key in ids.items()}, dtype)
+        matrix = preconditioned(matrix, *known.basis, inverse[1])
+        for name, key in ids.items():
+            if key not in found:
+                shape = params[name].shape
+                found[key] = torch.zeros(shape, dtype=dtype, device=matrix.device)
+            entries[key] = entries.get(key, 0) + places.sizes()[name]
+        places.write(matrix, {name: found[key] for name, key in ids.items()})
+    # of attention's projections, all are known or none is used
+    return {key: value for key, value in found.items() if entries[key] == value.numel()}
+
+
+def step_along(
+    params: list[Tensor],
+    directions: list[Tensor],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    group: Mapping[str, Any],
+    clip: Tensor | None,
+) -> None:
+    """Steps of a group's parameters, with momentum and decoupled weight decay, in place.
+
+    Args:
+        params: Parameters.
+        directions: Natural gradients, which are overwritten.
+        state: Of the optimizer; its entries ``velocity`` are the buffers of momentum.
+        group: ``lr``, ``momentum`` and ``weight_decay``.
+        clip: Factor of the directions.
+    """
+    if not params:
+        return
+    momentum, lr = float(group["momentum"]), float(group["lr"])
+    if clip is not None:
+        torch._foreach_mul_(directions, clip.to(directions[0].dtype))
+    if momentum:
+        for p, direction in zip(params, directions, strict=True):
+            if "velocity" not in state[p]:
+                state[p]["velocity"] = torch.zeros_like(direction)
+        buffers = [state[p]["velocity"] for p in params]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, directions)
+        directions = buffers
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1.0 - lr * float(group["weight_decay"]))
+    torch._foreach_add_(params, directions, alpha=-lr)
