@@ -31,10 +31,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvlib.core.result import Result
+from curvlib.core.risk import Risk
 from curvlib.influence.directions import MEMORY
 from curvlib.influence.scan import SAMPLE
+from curvlib.operators.fisher_diagonal import affordable_fisher
 from curvlib.operators.kfac_squares import route
-from curvlib.operators.layer_shapes import LayerShape
+from curvlib.operators.known_examples import known_examples
+from curvlib.operators.layer_shapes import LayerShape, layer_shapes
 from curvlib.operators.query_directions import CHUNK, formed
 
 _CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
@@ -172,6 +175,47 @@ def plan(
         working=tuple(working for _, _, _, working in found),
         settings=settings,
     )
+
+
+def planned(
+    risk: Risk,
+    queries: int,
+    *,
+    fisher: str | None = None,
+    samples: int = 1,
+    examples: int | None = None,
+    **settings: Any,
+) -> Plan:
+    """The plan for a risk's training data: shapes come from a forward pass of its first batch.
+
+    Args:
+        risk: Model, loss, training data and parameters.
+        queries: ``Q``.
+        fisher: ``"type2"``, ``"mc"`` or ``"empirical"``; as influence chooses when omitted.
+        samples: Sampled targets, for ``"mc"``.
+        examples: ``N``, where the data does not say.
+        settings: Further arguments of :func:`plan`.
+
+    Raises:
+        ValueError: If the number of examples is not known, or a number is not positive.
+
+    Example:
+        >>> import torch, curvlib as cl
+        >>> x, y = torch.randn(50, 8), torch.randn(50, 2)
+        >>> risk = cl.Risk(torch.nn.Linear(8, 2), torch.nn.MSELoss(), (x, y))
+        >>> planned(risk, queries=3).settings["backward_passes"]
+        2
+    """
+    count = known_examples(risk) if examples is None else examples
+    if count is None:
+        raise ValueError("the data does not say how many examples it has; pass examples=")
+    shapes = layer_shapes(risk)
+    kind = affordable_fisher(risk) if fisher is None else fisher
+    passes = {"type2": max(1, shapes.outputs), "mc": samples, "empirical": 1}
+    if kind not in passes:
+        raise ValueError(f"fisher= is one of {', '.join(map(repr, passes))}, got {kind!r}")
+    own = {"batch_size": shapes.batch_size, "itemsize": risk.space.dtype.itemsize, **settings}
+    return plan(shapes.layers, examples=count, queries=queries, backward_passes=passes[kind], **own)
 
 
 def _fit(

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import curvlib as cl
 from curvlib.core.result import Result
 from curvlib.influence.influence import Influence
-from curvlib.influence.plan import Plan, plan
+from curvlib.influence.plan import Plan, plan, planned
 from curvlib.influence.queries import fitting_directions, query_risk
 from curvlib.operators.example_scores import example_scores
 from curvlib.operators.known_examples import known_examples
@@ -193,6 +193,31 @@ def test_known_examples():
             yield x, y
 
     assert known_examples(cl.Risk(head, nn.MSELoss(), Stream())) is None
+
+
+def test_the_plan_of_a_risk_reads_its_shapes():
+    model, loss, data = tokens()
+    risk = cl.Risk(model, loss, data)
+    shapes = layer_shapes(risk)
+    common = {"examples": 32, "queries": 4, "batch_size": 8}
+    assert shapes.outputs == 6 * 12  # more than are affordable: sampled
+    assert repr(planned(risk, 4, rank=3)) == repr(plan(shapes.layers, rank=3, **common))
+    for fisher, passes in (("type2", 72), ("mc", 5), ("empirical", 1)):
+        expected = plan(shapes.layers, backward_passes=passes, **common)
+        assert repr(planned(risk, 4, fisher=fisher, samples=5)) == repr(expected)
+    few = planned(risk, 4, examples=3, batch_size=2)
+    assert repr(few) == repr(plan(shapes.layers, **{**common, "examples": 3, "batch_size": 2}))
+
+    class Stream:
+        def __iter__(self):
+            yield from data
+
+    stream = cl.Risk(model, loss, Stream())
+    with pytest.raises(ValueError, match="does not say how many examples it has; pass examples="):
+        planned(stream, 4)
+    assert planned(stream, 4, examples=32).total == planned(risk, 4).total
+    with pytest.raises(ValueError, match="fisher= is one of .* got 'exact'"):
+        planned(risk, 4, fisher="exact")
 
 
 def test_a_plan_reads_well_and_is_kept(tmp_path):
