@@ -45,7 +45,7 @@ ALONE = ("time first", "experts")
 def truth(risk: cl.Risk) -> Tensor:
     """Gradients of each example's summed loss, by autograd, ``[N, P]``."""
     loss = copy.copy(risk.loss.function)
-    loss.reduction = "sum"  # type: ignore[attr-defined]  # of an nn.Module
+    loss.reduction = "sum"
     rows = []
     for batch in risk.batches():
         for i in range(batch.examples):
@@ -162,12 +162,12 @@ def test_what_belongs_to_no_token_is_the_rest() -> None:
 def test_places_of_tokens() -> None:
     values = torch.arange(12.0).view(1, 1, 12)
     by_hand = values.view(3, 4).sum(0)
-    assert torch.equal(by_token(values, (2, 3, 4), 2, 4)[0, 0], by_hand)  # type: ignore[index]
-    assert torch.equal(by_token(values, (8, 3), 2, 4)[0, 0], values.view(4, 3).sum(1))  # type: ignore[index]
-    assert torch.equal(by_token(values, (2, 12), 2, 12), values)  # type: ignore[arg-type]
+    assert torch.equal(by_token(values, (2, 3, 4), 2, 4)[0, 0], by_hand)
+    assert torch.equal(by_token(values, (8, 3), 2, 4)[0, 0], values.view(4, 3).sum(1))
+    assert torch.equal(by_token(values, (2, 12), 2, 12), values)
     assert by_token(values, (2, 12), 2, 5) is None
     assert by_token(values, None, 2, 5) is None
-    assert by_token(values, None, 2, 1).tolist() == [[[66.0]]]  # type: ignore[union-attr]
+    assert by_token(values, None, 2, 1).tolist() == [[[66.0]]]
 
 
 def test_flattened_tokens_are_of_their_sequence() -> None:
