@@ -196,7 +196,7 @@ class Sophia(CurvatureOptimizer):
                 if g is not None:
                     work.append((p, *self._stepped(i, p, g, group), group))
             number += len(grads)
-        if not finite(t for _, step, _, _ in work for t in (step.change, step.state.curvature)):
+        if self.pending and not finite(step.state.curvature for _, step, _, _ in work):
             return False  # squares overflowed
         for p, step, counts, _ in work:
             p.add_(step.change)

@@ -4,6 +4,10 @@
 (parameters or groups of them), by default all of the model's. Learning rates are such that a few
 hundred steps on a small problem stay finite. A row for each kind of update that a method has; its
 interval, if it has one, is 2 or 3, so that runs are interrupted in the middle of one.
+
+Newton-CG has no row: it evaluates a risk of its own, and has neither closures nor micro-batches,
+loss scales, clipping or several groups. What remains (state, schedulers, steps that are skipped,
+bad input) is in ``test_newton_cg.py``.
 """
 
 from __future__ import annotations

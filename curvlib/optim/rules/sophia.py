@@ -116,9 +116,9 @@ def update(
     if correct_bias:
         m = momentum / (1.0 - beta1**steps)
         factor = rho / (1.0 - beta2**curvature_updates) if curvature_updates else rho
-    change = m / (curvature * factor).clamp_(min=eps)
-    clipped = (change.abs() >= 1.0).sum()
-    change.clamp_(-1.0, 1.0)
+    change = (curvature * factor).clamp_(min=eps)
+    torch.div(m, change, out=change).clamp_(-1.0, 1.0)
+    clipped = torch.linalg.vector_norm(change.trunc(), 1)  # three times faster than to compare
     if weight_decay:
         change.add_(parameter, alpha=weight_decay)
     return SophiaStep(change.mul_(-lr), SophiaState(momentum, curvature), clipped)
