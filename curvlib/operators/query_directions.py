@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 #: Bytes that intermediate products may take.
@@ -96,10 +97,11 @@ class DenseDirections:
         By the cheaper of two routes: the gradients first, and one matrix product for all
         directions, or row by row.
         """
-        if left.is_floating_point() and formed(right.shape[2], self.count, self.shape):
-            found = left.mT @ right  # [G, n, O, I]
-            return found.transpose(0, 1).flatten(1) @ self.matrices.flatten(1).mT
-        return self.contract_tokens(left, right).sum(-1)
+        one_hot = not left.is_floating_point()
+        if not formed(right.shape[2], self.count, self.shape, one_hot=one_hot):
+            return self.contract_tokens(left, right).sum(-1)
+        found = _added(left, right[0], self.shape[1]) if one_hot else (left.mT @ right)
+        return found.transpose(0, 1).flatten(1) @ self.matrices.flatten(1).mT
 
     def contract_tokens(self, left: Tensor, right: Tensor) -> Tensor:
         r""":math:`l_{nt}^\top D_q r_{nt}`, ``[n, Q, T]``."""
@@ -133,21 +135,32 @@ class DenseDirections:
             yield slice(start, start + step)
 
 
-def formed(rows: int, count: int, shape: tuple[int, int, int]) -> bool:
+def _added(index: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Rows ``[n, T, I]`` added up by their indices ``[n, T]``, ``[1, n, size, I]``."""
+    n, _, width = rows.shape
+    out = rows.new_zeros((n * size, width))
+    places = torch.arange(n, device=index.device)[:, None] * size + index
+    return out.index_add_(0, places.reshape(-1), rows.flatten(0, 1)).view(1, n, size, width)
+
+
+def formed(rows: int, count: int, shape: tuple[int, int, int], *, one_hot: bool = False) -> bool:
     r"""Whether it is cheaper to form gradients than to multiply directions by each row.
 
     Forming takes :math:`2 T O I`, and then :math:`2 Q O I` for all directions; otherwise it is
-    :math:`2 T Q O I`.
+    :math:`2 T Q O I`. Of one-hot rows, forming takes :math:`T I` alone, and so does a direction.
 
     Args:
         rows: ``T``.
         count: ``Q``.
         shape: ``(G, O, I)``.
+        one_hot: Whether left rows are.
 
     Example:
         >>> formed(16, 8, (1, 64, 64)), formed(1, 8, (1, 64, 64)), formed(16, 1, (1, 64, 64))
         (True, False, False)
     """
     _, O, I = shape  # noqa: E741
+    if one_hot:
+        return (2.0 * count + _PASS) * O < _PASS * rows * count
     forming = (2.0 * rows + 2.0 * count + _PASS) * O * I
     return forming < 2.0 * rows * count * O * I + _PASS * rows * count * min(O, I)

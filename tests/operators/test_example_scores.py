@@ -340,6 +340,8 @@ def test_the_cheaper_route() -> None:
     assert formed(64, 32, (1, 16, 16))
     assert not formed(1, 32, (1, 64, 64))
     assert not formed(64, 1, (1, 64, 64))
+    assert formed(64, 8, (1, 65, 64), one_hot=True)
+    assert not formed(64, 8, (1, 50000, 64), one_hot=True)
 
 
 # -------------------------------------------------------------------- the diagonal
