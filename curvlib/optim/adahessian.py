@@ -46,8 +46,9 @@ class AdaHessian(CurvatureOptimizer):
         weight_decay: Decoupled: each step subtracts ``lr * weight_decay * parameter``.
         estimand: What curvature stands for. ``"rownorm"``, the paper's rule step for step,
             converges to the norms of the Hessian's rows. ``"diagonal"`` converges to the absolute
-            value of its diagonal; while few updates are averaged, or where the diagonal is small
-            beside its row, it is noisy, and may be near zero by chance.
+            value of its diagonal; where that is small beside its row, the average is noisy and
+            often near zero by chance, so that it needs a larger ``eps`` (1e-2) and a smaller
+            ``lr`` (a tenth) than the other, which is the default for that reason.
         interval: Steps from one curvature update to the next.
         probes: Random vectors of each curvature update, each of which costs two gradients.
         block_size: Entries whose curvature is averaged: ``None``: the kernel of a convolution

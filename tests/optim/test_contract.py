@@ -91,6 +91,20 @@ def test_a_closure_may_call_backward_itself(case: OptimizerCase) -> None:
 
 
 @each
+def test_a_closure_that_only_clears_gradients_called_no_backward(case: OptimizerCase) -> None:
+    model = net()
+    opt = case.build(model, None)
+
+    def closure(batch: tuple[Tensor, Tensor]) -> Tensor:
+        model.zero_grad(set_to_none=False)
+        return loss_of(model, batch)
+
+    for batch in batches(4):
+        opt.step(lambda batch=batch: closure(batch))
+    assert same(weights(model), trained(case, 4))
+
+
+@each
 def test_step_returns_the_loss_without_its_graph(case: OptimizerCase) -> None:
     model, (batch,) = net(), batches(1)
     opt = case.build(model, None)
@@ -163,6 +177,7 @@ def test_a_restored_state_continues_bitwise(case: OptimizerCase, cut: int) -> No
     saved = torch.load(file, weights_only=True)
     other = net()
     resumed = case.build(other, None)
+    resumed.seed = 99  # of an optimizer that was made with another one
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     assert same(train(resumed, other, data[cut:]), expected)
@@ -179,6 +194,16 @@ def test_a_loaded_state_is_a_copy(case: OptimizerCase) -> None:
     opt.load_state_dict(state)
     train(opt, model, data[2:])
     assert equal(state, kept)
+    opt.load_state_dict(state)
+    given = {t.data_ptr() for t in _tensors(state["state"]) if t.numel()}
+    assert given.isdisjoint(t.data_ptr() for t in _tensors(opt.state_dict()["state"]))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    return [t for v in parts if isinstance(v, (dict, list, tuple, Tensor)) for t in _tensors(v)]
 
 
 @each
@@ -654,6 +679,10 @@ def test_bad_losses(case: OptimizerCase) -> None:
     loss.backward()
     with pytest.raises(RuntimeError, match="freed before.*opt.backward"):
         opt.backward(loss)
+    loss = loss_of(model, batch)
+    opt.backward(loss)
+    with pytest.raises(RuntimeError, match="freed before.*opt.backward"):
+        opt.backward(loss)
     opt.zero_grad()
     assert equal(opt.state_dict(), before)
     assert same(train(opt, model, batches(3)), trained(case, 3))
@@ -690,6 +719,33 @@ def test_models_without_double_backward(case: OptimizerCase) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         opt.step(loss)
     assert opt.clock.steps == 1
+
+
+@each
+def test_functions_that_are_differentiable_once(case: OptimizerCase) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2.0 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2.0 * g
+
+    model, ((x, y),) = net(), batches(1)
+    opt = case.build(model, None)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(Once.apply(model(x)), y)
+
+    if case.second_order:
+        with pytest.raises(RuntimeError, match="@once_differentiable.*first derivatives only"):
+            opt.step(loss)
+        assert opt.clock.steps == 0
+    else:
+        opt.step(loss)
+        assert opt.clock.steps == 1
 
 
 @each

@@ -125,6 +125,17 @@ def test_curvature_that_is_missing_later_leaves_what_there_is() -> None:
     assert (opt.clock.steps, opt.clock.curvature_updates, opt.due) == (4, 1, True)
 
 
+def test_non_finite_curvature_skips_the_step() -> None:
+    model, data = net(), batches(1)
+    opt = Gathering(model.parameters())
+    before = weights(model)
+    opt.backward(loss_of(model, data[0]))
+    opt.pending["losses"] = torch.tensor(float("nan"))
+    opt.step()
+    assert (opt.skipped, opt.clock, opt.pending) == (1, Clock(), {})
+    assert same(weights(model), before)
+
+
 def test_an_error_while_curvature_is_gathered_leaves_none_of_it() -> None:
     w = nn.Parameter(torch.ones(2))
     opt = Gathering([w])
