@@ -22,7 +22,7 @@ from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
-from curvlib.optim.layer_curvature import LayerCurvature, updated
+from curvlib.optim.layer_curvature import LayerCurvature, advanced
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
 from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
@@ -73,8 +73,8 @@ class KFAC(CurvatureOptimizer):
         inner: Rule of parameters without factors: ``"adamw"`` or ``"sgd"``.
         inner_scale: Their learning rate as a multiple of ``lr``, so that schedules act on both.
             Default: 0.01 for AdamW, 1 for SGD.
-        inner_betas: Of the inner AdamW.
-        inner_eps: Of the inner AdamW.
+        inner_betas: Of the inner AdamW, and
+        inner_eps: so is this.
         dense_norms: Whether factors of normalization layers are dense, not diagonal.
         gates: Whether the gates of LSTM, GRU and RNN have one left factor, ``"joint"``, or one
             each, ``"separate"``, which is cheaper.
@@ -94,6 +94,7 @@ class KFAC(CurvatureOptimizer):
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
         >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0], [-2.0]])
         >>> opt = KFAC(model, lr=0.5, momentum=0.0, kl_clip=None, factor_interval=1)
         >>> losses = [opt.step(lambda: nn.functional.mse_loss(model(x), y)) for _ in range(40)]
@@ -184,27 +185,9 @@ class KFAC(CurvatureOptimizer):
     # ------------------------------------------------------------------------ recording
     @property
     def recorder(self) -> LayerRecorder:
-        """Of the parameters that require gradients now."""
-        chosen = [p for _, p, _ in self.trainable()]
-        found = self._recorder
-        if found is None or {id(p) for p in chosen} != {id(p) for p in found.params.values()}:
-            if found is not None:
-                found.close()
-            found = LayerRecorder(
-                self.model,
-                chosen,
-                sink=_Sink(weakref.ref(self)),
-                loss=self.loss,
-                sampled=self.fisher == "mc",
-                seed=self.seed,
-                output=self.output,
-                dense_norms=self.dense_norms,
-                max_side=self.max_side,
-                gates=self.gates,
-            )
-            self._recorder = found
-            self._places = {layer.name: LayerPlaces(layer, found.space) for layer in found.layers}
-        return found
+        """What records the layers, of the parameters that required gradients when it was made."""
+        assert self._recorder is not None
+        return self._recorder
 
     def close(self) -> None:
         """Takes the hooks off the model. The next step puts them on again."""
@@ -245,13 +228,40 @@ class KFAC(CurvatureOptimizer):
 
     def _switch(self) -> None:
         """Puts hooks on the model if the coming step takes curvature in, or off if not."""
-        if not self._due():
-            if self._recorder is not None:
-                self._recorder.stop()
-            return
-        recorder = self.recorder
-        recorder.draw = self.clock.curvature_updates
-        recorder.start()
+        due, old = self._due(), self._recorder
+        chosen = [p for _, p, _ in self.trainable()]
+        if old is None or (due and {*map(id, chosen)} != {*map(id, old.params.values())}):
+            self._recorder = self._made(chosen)
+            if old is not None:
+                old.close()
+        self.recorder.draw = self.clock.curvature_updates
+        if due:
+            self.recorder.start()
+        else:
+            self.recorder.stop()
+
+    def _made(self, params: list[Tensor]) -> LayerRecorder:
+        me = weakref.ref(self)
+
+        def sink(found: Recorded) -> None:
+            own = me()
+            if own is not None:
+                own.take(found)
+
+        made = LayerRecorder(
+            self.model,
+            params,
+            sink=sink,
+            loss=self.loss,
+            sampled=self.fisher == "mc",
+            seed=self.seed,
+            output=self.output,
+            dense_norms=self.dense_norms,
+            max_side=self.max_side,
+            gates=self.gates,
+        )
+        self._places = {layer.name: LayerPlaces(layer, made.space) for layer in made.layers}
+        return made
 
     # ---------------------------------------------------------------------------- shell
     def _check(self, group: dict[str, Any]) -> None:
@@ -334,7 +344,11 @@ class KFAC(CurvatureOptimizer):
         }
         if products and not bool(torch.stack(list(products.values())).isfinite().all()):
             return False
-        rest = [(m.parameter, *self._rest(m)) for key, m in members.items() if key not in natural]
+        rest = []
+        for m in (m for key, m in members.items() if key not in natural):
+            known = self.state.get(m.parameter, {})
+            change, state = rest_change(self.inner, m.parameter, m.gradient, known, m.group)
+            rest.append((m.parameter, change, state))
         self.layers, self._inverses, self.decomposed_at = layers, inverses, decomposed_at
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in natural]
@@ -346,14 +360,7 @@ class KFAC(CurvatureOptimizer):
             self.state[p].update(state)
         return None
 
-    def _rest(self, member: Member) -> tuple[Tensor, dict[str, Any]]:
-        """Step and state of a parameter without curvature."""
-        known = self.state.get(member.parameter, {})
-        return rest_change(self.inner, member.parameter, member.gradient, known, member.group)
-
-    def _advanced(
-        self,
-    ) -> tuple[dict[str, LayerCurvature], dict[str, Inverse], int | None]:
+    def _advanced(self) -> tuple[dict[str, LayerCurvature], dict[str, Inverse], int | None]:
         """Factors, inverses and the step of the last decomposition, with what is pending."""
         if not self.pending:
             return self.layers, dict(self._inverses), self.decomposed_at
@@ -366,17 +373,14 @@ class KFAC(CurvatureOptimizer):
             sum_of_terms=self.loss is not None and self.loss.reduction == "sum",
             ranks=self.replicas,
         )
-        layers, inverses = dict(self.layers), dict(self._inverses)
-        for name, (left, right, squares) in batch.items():
-            old = layers.get(name)
-            if old is not None and old.shapes != (left.shape, right.shape):
-                old = None  # a bias was frozen, or set free
-            layers[name] = updated(old, left, right, squares, self.factor_decay)
-            if again or layers[name].left_values is None:
-                layers[name] = layers[name].decomposed(corrected=self.eigen_corrected)
-            elif not self.eigen_corrected:
-                continue  # eigenvalues are those of before
-            inverses.pop(name, None)
+        layers, changed = advanced(
+            self.layers,
+            batch,
+            self.factor_decay,
+            decompose=again,
+            corrected=self.eigen_corrected,
+        )
+        inverses = {name: own for name, own in self._inverses.items() if name not in changed}
         return layers, inverses, self.clock.steps if again else last
 
     # ---------------------------------------------------------------------------- state
@@ -410,16 +414,3 @@ class KFAC(CurvatureOptimizer):
         super().__setstate__(state)
         if hasattr(self, "clock"):
             self._switch()
-
-
-class _Sink:
-    """Hands passes to an optimizer, which it does not keep alive."""
-
-    def __init__(self, optimizer: weakref.ref[KFAC]) -> None:
-        self.optimizer = optimizer
-
-    def __call__(self, found: Recorded) -> None:
-        """Hands a pass over."""
-        optimizer = self.optimizer()
-        if optimizer is not None:
-            optimizer.take(found)

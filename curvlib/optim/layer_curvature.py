@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,11 @@ class LayerCurvature:
     def shapes(self) -> tuple[torch.Size, torch.Size]:
         """Shapes of the factors."""
         return self.left.shape, self.right.shape
+
+    def fits(self, shape: tuple[int, int, int]) -> bool:
+        """Whether it is of a layer ``(G, O, I)``: one whose bias was not frozen since, say."""
+        sides = (tuple(self.left.shape[:2]), tuple(self.right.shape[:2]))
+        return sides == (shape[:2], (shape[0], shape[2]))
 
     @property
     def basis(self) -> tuple[Tensor | None, Tensor | None]:
@@ -123,3 +129,33 @@ def updated(
         corrected=averaged(old.corrected, squares, decay),
         corrected_bias=decay * old.corrected_bias + bias,
     )
+
+
+def advanced(
+    layers: Mapping[str, LayerCurvature],
+    batch: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
+    decay: float,
+    *,
+    decompose: bool,
+    corrected: bool,
+) -> tuple[dict[str, LayerCurvature], set[str]]:
+    """What is known of all layers with one batch more, and of which eigenvalues changed.
+
+    Args:
+        layers: What is known so far.
+        batch: Left and right factor, and corrected eigenvalues, of the layers that were called.
+        decay: Of the averages.
+        decompose: Whether it is time for new bases.
+        corrected: Whether eigenvalues are corrected.
+    """
+    found, changed = dict(layers), set()
+    for name, (left, right, squares) in batch.items():
+        old = layers.get(name)
+        if old is not None and old.shapes != (left.shape, right.shape):
+            old = None  # a bias was frozen, or set free
+        new = updated(old, left, right, squares, decay)
+        fresh = decompose or new.left_values is None
+        found[name] = new.decomposed(corrected=corrected) if fresh else new
+        if fresh or corrected:
+            changed.add(name)
+    return found, changed

@@ -60,7 +60,7 @@ def natural_gradients(
     for layer, places in layers:
         ids = {name: id(params[name]) for name in layer.names if id(params[name]) in members}
         known = curvature.get(layer.name)
-        if known is None or not ids:
+        if known is None or not ids or not known.fits(layer.shape):
             continue
         damping = float(members[next(iter(ids.values()))].group["damping"])
         inverse = inverses.get(layer.name)
