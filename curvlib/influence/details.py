@@ -65,8 +65,11 @@ def details(
     layers = scores.new_zeros((rows, columns, len(directions)))
     by_tokens = scores.new_zeros((rows, columns, 0))
     counts = torch.zeros_like(indices)
+    chosen = indices.unique()
+    wanted = torch.zeros((len(chosen), rows), dtype=torch.bool)
+    wanted[torch.searchsorted(chosen, indices).mT, torch.arange(rows)] = True
     stream = example_scores(
-        risk, directions, tokens=tokens, norms=norms, chosen=indices.unique(), alone=False
+        risk, directions, tokens=tokens, norms=norms, chosen=chosen, wanted=wanted
     )
     for part in stream:
         own = factors(part)

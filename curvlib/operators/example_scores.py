@@ -24,10 +24,10 @@ from torch import Tensor
 
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, some_examples
-from curvlib.operators.query_directions import BlockDirections
+from curvlib.operators.query_directions import BlockDirections, DenseDirections
 from curvlib.operators.score_blocks import ScoreBlock, flat_rows, score_blocks
 from curvlib.operators.score_passes import GradientPass, GradientPasses, token_count
-from curvlib.operators.score_rows import by_token, chunks, matrices, norms, terms
+from curvlib.operators.score_rows import Term, by_token, chunks, matrices, norms, terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +65,7 @@ def example_scores(
     tokens: bool = False,
     norms: bool = False,
     chosen: Tensor | None = None,
+    wanted: Tensor | None = None,
     start: int = 0,
     first: int = 0,
     alone: bool = False,
@@ -78,6 +79,8 @@ def example_scores(
         tokens: Whether to score tokens, too.
         norms: Whether to return the norms of gradients.
         chosen: Numbers of the only examples that are wanted, ascending, int64.
+        wanted: Which queries of each of these examples, bool ``[len(chosen), Q]``: where tokens are
+            scored, work is for these alone, and the scores of others are zero.
         start: Batches to leave out at the beginning, which
         first: have this many examples.
         alone: Whether examples go through the model one by one, if that is known.
@@ -120,10 +123,17 @@ def example_scores(
                     continue
                 if len(numbers) < n:
                     batch = some_examples(batch, numbers - (first - n))
-            found = [
-                _scores(one, blocks, directions, tokens=tokens, measure=norms)
-                for one in passes.of(batch)
-            ]
+            pairs = None
+            if tokens and wanted is not None and chosen is not None:
+                pairs = wanted[torch.searchsorted(chosen, numbers)]
+            found = []
+            for one in passes.of(batch):
+                own = None
+                if pairs is not None:
+                    own, pairs = pairs[: one.examples], pairs[one.examples :]
+                found.append(
+                    _scores(one, blocks, directions, tokens=tokens, measure=norms, pairs=own)
+                )
         yield _joined(batch.index, first, numbers, found, passes.alone)
 
 
@@ -186,6 +196,7 @@ def _scores(
     *,
     tokens: bool,
     measure: bool,
+    pairs: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Parts of blocks ``[n, Q, B]`` and of tokens ``[n, Q, T]``, and norms ``[n, B]``."""
     n, batch = found.examples, found.one.batch
@@ -203,7 +214,7 @@ def _scores(
                 if not tokens:
                     layers[at, :, b] += own.contract(term.left, term.right)
                     continue
-                each = own.contract_tokens(term.left, term.right)
+                each = _by_rows(own, term, None if pairs is None else pairs[at])
                 layers[at, :, b] += each.sum(-1)
                 placed = by_token(each, term.places, n, size)
                 if placed is not None:
@@ -217,6 +228,22 @@ def _scores(
             "overflow, or the directions are not finite; use float64, or a larger damping"
         )
     return layers, by_tokens if tokens else None, sizes if measure else None
+
+
+def _by_rows(own: BlockDirections, term: Term, pairs: Tensor | None) -> Tensor:
+    """Scores of rows, ``[n, Q, T]``, of all pairs of examples and queries or of some."""
+    if pairs is None or not isinstance(own, DenseDirections):
+        return own.contract_tokens(term.left, term.right)
+    _, n, T, _ = term.right.shape
+    out = term.right.new_zeros((n, own.count, T))
+    for i, mine in enumerate(pairs):
+        queries = mine.nonzero()[:, 0].to(out.device)
+        if len(queries):
+            few = DenseDirections(own.matrices[queries])
+            one_hot = not term.left.is_floating_point()
+            left = term.left[i : i + 1] if one_hot else term.left[:, i : i + 1]
+            out[i, queries] = few.contract_tokens(left, term.right[:, i : i + 1])[0]
+    return out
 
 
 def _joined(

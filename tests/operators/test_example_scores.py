@@ -274,6 +274,19 @@ def test_chosen_examples_and_later_starts() -> None:
     assert [p.batch for p in example_scores(risk, directions(risk, G), chosen=chosen[2:])] == [1]
 
 
+@pytest.mark.parametrize("name", ["tied, masked", "experts", "grouped convolutions"])
+def test_wanted_pairs(name: str) -> None:
+    """Those of the full matrix, and zeros elsewhere."""
+    risk = problem(name)
+    G = truth(risk)
+    chosen = torch.tensor([0, 2, 3])
+    wanted = torch.rand(3, len(G), generator=torch.Generator().manual_seed(0)) < 0.5
+    every = scored(risk, G, chosen=chosen, tokens=True)
+    found = scored(risk, G, chosen=chosen, wanted=wanted, tokens=True)
+    assert relative(found.scores, every.scores * wanted) < 1e-13
+    assert torch.allclose(found.tokens, every.tokens * wanted[..., None], rtol=1e-11, atol=1e-13)
+
+
 def test_large_examples_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curvlib.operators.score_rows.CHUNK", 1)
     monkeypatch.setattr("curvlib.operators.query_directions.CHUNK", 1)
