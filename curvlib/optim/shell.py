@@ -224,6 +224,9 @@ class CurvatureOptimizer(Optimizer):
     def backward(self, loss: Tensor, scale: float = 1.0, *, sync: bool = True) -> None:
         """``loss.backward()``, with the curvature when it is due; adds to ``.grad``.
 
+        With several processes, ``loss`` comes from the plain module; one that is wrapped in
+        ``DistributedDataParallel`` goes with ``observe`` and ``loss.backward()``.
+
         Args:
             loss: The loss of one (micro-)batch, with its graph, which is freed.
             scale: What the loss was multiplied by (``scaler.get_scale()``). Gradients stay
