@@ -207,23 +207,14 @@ class KFAC(CurvatureOptimizer):
 
     def take(self, found: Recorded) -> None:
         """Adds what a pass showed to the pending sums."""
-        if self.fisher == "mc" and found.sampled is None:
-            raise RuntimeError(
-                "the loss did not reach the output of the model that KFAC was given, so no labels "
-                "can be drawn from it; call that model itself, or use fisher='empirical'"
-            )
         layers = self.recorder.layers
         bases = self.layers if self.eigen_corrected else {}
         if not self.pending:
             self.pending = zero_sums(layers, self.recorder.dtype, bases, found.terms.device)
+        sampled, reduce = self.fisher == "mc", self.sharing == "reduce"
+        scale = 1.0 if sampled else self._scale
         add_pass(
-            layers,
-            found,
-            self.pending,
-            sampled=self.fisher == "mc",
-            reduce=self.sharing == "reduce",
-            scale=1.0 if self.fisher == "mc" else self._scale,
-            bases=bases,
+            layers, found, self.pending, sampled=sampled, reduce=reduce, scale=scale, bases=bases
         )
 
     def _switch(self) -> None:
@@ -373,13 +364,8 @@ class KFAC(CurvatureOptimizer):
             sum_of_terms=self.loss is not None and self.loss.reduction == "sum",
             ranks=self.replicas,
         )
-        layers, changed = advanced(
-            self.layers,
-            batch,
-            self.factor_decay,
-            decompose=again,
-            corrected=self.eigen_corrected,
-        )
+        corrected, decay = self.eigen_corrected, self.factor_decay
+        layers, changed = advanced(self.layers, batch, decay, decompose=again, corrected=corrected)
         inverses = {name: own for name, own in self._inverses.items() if name not in changed}
         return layers, inverses, self.clock.steps if again else last
 

@@ -69,10 +69,15 @@ def add_pass(
         bases: Bases of corrected eigenvalues.
 
     Raises:
-        RuntimeError: If rows have to be told apart by example, and cannot.
+        RuntimeError: If rows have to be told apart by example, and cannot; or no labels could be
+            drawn.
     """
     raw = found.sampled if sampled else found.gradients
-    assert raw is not None
+    if raw is None:
+        raise RuntimeError(
+            "the loss did not reach the output of the model that the optimizer was given, so no "
+            "labels can be drawn from it; call that model itself, or use fisher='empirical'"
+        )
     gradients = [g if g is None or scale == 1.0 else unscaled(g, scale) for g in raw]
     for layer in layers:
         if not any(use.layer == layer.name for use in found.uses):
