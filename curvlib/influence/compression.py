@@ -15,15 +15,27 @@ within the range that was found; the range is doubled, up to all of the matrix, 
 The residual that is kept is no estimate: it is the norm of :math:`D - L R` with ``L`` and ``R`` as
 they are stored, in float64.
 
+With a :class:`Metric`, what is least is not the norm of the rest but the error of scores to expect:
+for gradients with :math:`E\, g g^\top = A_L \otimes A_R`, as K-FAC takes them to be,
+
+.. math:: E \langle D - L R,\, G \rangle^2 = \bigl\| A_L^{1/2} (D - L R) A_R^{1/2} \bigr\|_F^2 ,
+
+so that the singular vectors are those of :math:`A_L^{1/2} D A_R^{1/2}`, and ``tolerance`` is the
+relative error of scores in the root mean square. The inverse curvature in ``D`` makes directions
+along which there are hardly any gradients large; without the metric most of the rank goes there.
+
 Memory decides where compression pays: a block whose factors would take no less than the matrices
 stays as it is.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.random import generator_of
 from curvlib.influence.directions import BlockDirections
 from curvlib.influence.low_rank import CHUNK, LowRankDirections, joined
@@ -34,9 +46,61 @@ _FIRST = 16
 _UP = 1.0 + 1e-6
 
 
+#: Eigenvalues of a metric are no smaller than this, relative to their mean.
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """Roots of the second moments of gradients in one block, by their eigenvectors.
+
+    Attributes:
+        block: The eigenvectors.
+        left: Roots of eigenvalues, ``[G, O, 1]``.
+        right: The same of the other side, ``[G, 1, I]``.
+    """
+
+    block: KroneckerBlock
+    left: Tensor
+    right: Tensor
+
+    def weighted(self, D: Tensor) -> Tensor:
+        """Matrices ``[Q, G, O, I]`` in the metric."""
+        return self.block.rotated(D) * (self.left * self.right).to(D.dtype)
+
+    def restored(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors ``[G, O, R]`` and ``[G, R, I]`` of weighted matrices as those of matrices."""
+        left, right = left / self.left.to(left.dtype), right / self.right.to(right.dtype)
+        block = self.block
+        left = left if block.left is None else block.left @ left
+        return left, right if block.right is None else right @ block.right.mT
+
+
+def metric_of(block: KroneckerBlock) -> Metric | None:
+    """The metric of a curvature block: the product of its marginal eigenvalues.
+
+    ``None`` for a block without curvature.
+
+    Example:
+        >>> from curvlib.core.kronecker_blocks import Part
+        >>> values = torch.tensor([[[2.0, 4.0], [3.0, 6.0]]])
+        >>> metric = metric_of(KroneckerBlock("layer", (Part(0, 2),), None, None, values))
+        >>> bool(torch.allclose(metric.weighted(torch.ones(1, 1, 2, 2))[0] ** 2, values, rtol=0.01))
+        True
+    """
+    values = block.eigenvalues
+    mean = values.mean((1, 2), keepdim=True)
+    if not bool((mean > 0).all()):
+        return None
+    left = values.mean(2, keepdim=True) + _FLOOR * mean
+    right = values.mean(1, keepdim=True) / mean + _FLOOR
+    return Metric(block, left.sqrt(), right.sqrt())
+
+
 def compressed(
     directions: BlockDirections,
     *,
+    metric: Metric | None = None,
     rank: int | None = None,
     tolerance: float | None = None,
     oversampling: int = 10,
@@ -47,6 +111,7 @@ def compressed(
 
     Args:
         directions: The directions of ``Q`` queries in one block.
+        metric: In which errors are least; the identity when omitted.
         rank: The rank of each query; at most, with ``tolerance``. Grosse et al. use 32.
         tolerance: How large the residual may be, relative to the norm of the direction: each query
             gets the smallest rank that keeps it. With neither, directions stay as they are.
@@ -75,6 +140,7 @@ def compressed(
         return directions
     found = low_rank(
         directions.dense(),
+        metric=metric,
         rank=rank,
         tolerance=tolerance,
         oversampling=oversampling,
@@ -102,6 +168,7 @@ def require_compression(
 def low_rank(
     matrices: Tensor,
     *,
+    metric: Metric | None = None,
     rank: int | None = None,
     tolerance: float | None = None,
     oversampling: int = 10,
@@ -112,6 +179,7 @@ def low_rank(
 
     Args:
         matrices: ``[Q, G, O, I]``, float32 or float64.
+        metric: As of :func:`compressed`.
         rank: As of :func:`compressed`.
         tolerance: As of :func:`compressed`. With neither, the rank is full.
         oversampling: As of :func:`compressed`.
@@ -141,7 +209,7 @@ def low_rank(
     # float64 copies of the residual are the largest intermediates
     step = max(1, CHUNK // max(1, matrices[0].numel() * 8))
     parts = [
-        _chunk(matrices[start : start + step], cap, tau, tolerance is not None, settings)
+        _chunk(matrices[start : start + step], metric, cap, tau, tolerance is not None, settings)
         for start in range(0, len(matrices), step)
     ]
     found = joined(parts)
@@ -150,26 +218,34 @@ def low_rank(
 
 
 def _chunk(
-    D: Tensor, cap: int, tau: float, adaptive: bool, settings: tuple[int, int, int]
+    D: Tensor,
+    metric: Metric | None,
+    cap: int,
+    tau: float,
+    adaptive: bool,
+    settings: tuple[int, int, int],
 ) -> LowRankDirections:
     """Low-rank directions of some queries."""
-    norms = torch.linalg.vector_norm(D.double().flatten(1), dim=1)
+    W = D if metric is None else metric.weighted(D)
+    norms = torch.linalg.vector_norm(W.double().flatten(1), dim=1)
     parts: list[LowRankDirections | None] = [None] * len(D)
     todo = list(range(len(D)))
     width = min(cap, _FIRST) if adaptive else cap
     while todo:
-        U, S, V = range_svd(D[todo], width, *settings)
+        U, S, V = range_svd(W[todo], width, *settings)
         again = []
         for i, q in enumerate(todo):
             limit = tau * float(norms[q])
             rank = _smallest(S[i], norms[q], limit, width) if adaptive else width
             left = (U[i, ..., :rank] * S[i, :, None, :rank]).clone()
             right = V[i, :, :rank].clone()
-            rest = _residual(D[q], left, right)
-            if adaptive and rest > limit and width < cap:
+            if adaptive and width < cap and _residual(W[q], left, right) > limit:
                 again.append(q)
                 continue
-            residual = torch.tensor([rest * _UP], dtype=torch.float64, device=D.device)
+            if metric is not None:
+                left, right = metric.restored(left, right)
+            rest = [_residual(D[q], left, right) * _UP]
+            residual = torch.tensor(rest, dtype=torch.float64, device=D.device)
             parts[q] = LowRankDirections(left, right, torch.tensor([rank]), residual)
         todo, width = again, min(2 * width, cap)
     found = joined([part for part in parts if part is not None])

@@ -28,8 +28,8 @@ __all__ = [
 
 #: Directions of all blocks, by their names.
 Directions = Mapping[str, BlockDirections]
-#: How the directions of some queries in a block are kept: themselves, or compressed.
-Keep = Callable[[BlockDirections], BlockDirections]
+#: How the directions of some queries in a block of this name are kept: themselves, or compressed.
+Keep = Callable[[str, BlockDirections], BlockDirections]
 #: Bytes that gradients of queries may take before they are compressed.
 MEMORY = 2**28
 REDUCTIONS = (None, "sum", "mean")
@@ -64,7 +64,7 @@ def query_directions(
     parts: dict[str, list[BlockDirections]] = {}
     for dense in direction_parts(risk, preconditioner, reduction=reduction, memory=memory):
         for name, own in dense.items():
-            parts.setdefault(name, []).append(own if keep is None else keep(own))
+            parts.setdefault(name, []).append(own if keep is None else keep(name, own))
     return {name: found[0] if len(found) == 1 else join(found) for name, found in parts.items()}
 
 

@@ -84,7 +84,7 @@ def factored_parts(
                 name = own.block.name
                 if name in whole:
                     dense = DenseDirections(own.block.gather(solved).clone())
-                    out[name] = dense if keep is None else keep(dense)
+                    out[name] = dense if keep is None else keep(name, dense)
         yield {own.block.name: out[own.block.name] for own in rows}
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from curvlib.core.data import tensors
+from curvlib.core.kronecker import Kronecker
 from curvlib.core.loss import read_loss
 from curvlib.core.risk import Risk
-from curvlib.influence.compression import compressed, require_compression
-from curvlib.influence.directions import Directions, query_directions
+from curvlib.influence.compression import Metric, compressed, metric_of, require_compression
+from curvlib.influence.directions import BlockDirections, Directions, Keep, query_directions
 from curvlib.influence.factored import factored_blocks, factored_parts
 from curvlib.influence.low_rank import joined
 from curvlib.influence.preconditioner import Preconditioner
+from curvlib.operators.score_blocks import score_blocks
 
 
 def risk_on(risk: Risk, data: Any) -> Risk:
@@ -94,6 +96,30 @@ def _shapes(risk: Risk) -> str:
     return "no shape"
 
 
+def compression(
+    risk: Risk, preconditioner: Preconditioner, rank: int | None, tolerance: float | None
+) -> Keep:
+    """How directions are compressed: in the metric of the curvature, where it has factors."""
+    op = preconditioner.operator
+    factors = op.blocks_of if isinstance(op, Kronecker) else {}
+    metrics: dict[str, Metric | None] = {}
+    like = risk.space.empty()
+    for block in score_blocks(risk) if factors else ():
+        own = factors.get(block.name)
+        if own is not None and own.parts == block.parts and own.eigenvalues.shape == block.shape:
+            moved = {
+                side: None if Q is None else Q.to(like)
+                for side, Q in (("left", own.left), ("right", own.right))
+            }
+            same = replace(own, eigenvalues=own.eigenvalues.to(like), **moved)
+            metrics[block.name] = metric_of(same)
+
+    def keep(name: str, directions: BlockDirections) -> BlockDirections:
+        return compressed(directions, metric=metrics.get(name), rank=rank, tolerance=tolerance)
+
+    return keep
+
+
 def fitting_directions(
     queries: Risk,
     train: Risk,
@@ -110,7 +136,7 @@ def fitting_directions(
     require_compression(rank, tolerance)
     keep = None
     if rank is not None or tolerance is not None:
-        keep = partial(compressed, rank=rank, tolerance=tolerance)
+        keep = compression(train, preconditioner, rank, tolerance)
     try:
         if reduction is None and factored_blocks(preconditioner):
             parts = list(factored_parts(queries, preconditioner, rank=rank, keep=keep))

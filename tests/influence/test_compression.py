@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvlib.influence.compression import compressed, low_rank, range_svd
+from curvlib.core.kronecker_blocks import KroneckerBlock, Part
+from curvlib.influence.compression import compressed, low_rank, metric_of, range_svd
 from curvlib.influence.directions import DenseDirections
 from curvlib.influence.low_rank import JoinedDirections, LowRankDirections, joined
 
@@ -153,6 +154,70 @@ def test_a_random_range_is_nearly_the_best_one():
     for basis in (U.mT @ U, V @ V.mT):
         assert torch.allclose(basis, eye.expand(3, 16, 16), rtol=0, atol=1e-12)
     assert torch.allclose(S, torch.linalg.svdvals(D[:, 0])[:, :16], rtol=0.02)
+
+
+def curved(O, I, seed=0):  # noqa: E741
+    """A Kronecker block of a steep spectrum, and the dense roots of its factors."""
+    U, V = (torch.linalg.qr(normal(1, n, n, seed=seed + n)).Q for n in (O, I))
+    l, r = (0.5 ** torch.arange(n, dtype=torch.float64) for n in (O, I))  # noqa: E741
+    block = KroneckerBlock("layer", (Part(0, I),), U, V, (l[:, None] * r)[None])
+    floors = l + 1e-3 * l.mean(), r + 1e-3 * r.mean()
+    roots = [Q[0] * f.sqrt() @ Q[0].mT for Q, f in zip((U, V), floors, strict=True)]
+    return block, roots
+
+
+def test_in_a_metric_the_error_of_scores_to_expect_is_least():
+    """By the dense roots of the factors; and nothing else of the same rank is better."""
+    block, (left, right) = curved(14, 11)
+    D = normal(3, 1, 14, 11)
+    low = low_rank(D, rank=4, metric=metric_of(block), oversampling=10)
+    plain = low_rank(D, rank=4)
+    best = torch.linalg.svdvals(left @ D[:, 0] @ right)[:, 4:].norm(dim=1)
+
+    def expected(found):
+        return (left @ (D - found.dense())[:, 0] @ right).flatten(1).norm(dim=1)
+
+    assert torch.allclose(expected(low), best, rtol=1e-9)
+    assert bool((expected(plain) > 2.0 * best).all())
+    gap = (D - low.dense()).flatten(1).norm(dim=1)
+    assert torch.allclose(low.residual, gap, rtol=2e-6)  # the bound is that of the plain norm
+
+
+def test_in_a_metric_the_tolerance_is_the_error_of_scores_in_the_root_mean_square():
+    """Of Gaussian gradients whose covariance is that of the metric."""
+    O, I, n = 14, 11, 4000  # noqa: E741
+    block, (left, right) = curved(O, I)
+    D = normal(2, 1, O, I)
+    low = low_rank(D, tolerance=0.2, metric=metric_of(block))
+    G = left @ normal(n, O, I, seed=5) @ right
+    exact = torch.einsum("qoi,noi->nq", D[:, 0], G)
+    error = torch.einsum("qoi,noi->nq", (D - low.dense())[:, 0], G)
+    ratio = (error.square().mean(0) / exact.square().mean(0)).sqrt()
+    assert bool((ratio < 0.2 * 1.05).all())  # standard errors of some 1.5 %
+    assert bool((ratio > 0.05).all())
+    assert int(low.ranks.max()) < min(O, I) // 2
+
+
+@given(sizes, st.integers(1, 5), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_bound_holds_in_a_metric(shape, rank, seed):
+    Q, _, O, I = shape  # noqa: E741
+    block, _ = curved(O, I, seed)
+    D = normal(Q, 1, O, I, seed=seed)
+    low = low_rank(D, rank=rank, metric=metric_of(block))
+    left, right = normal(1, 5, 3, O, seed=seed + 2), normal(1, 5, 3, I, seed=seed + 3)
+    norms = (left.mT @ right).transpose(0, 1).flatten(1).norm(dim=1)
+    gap = (low.contract(left, right) - DenseDirections(D).contract(left, right)).abs()
+    assert bool((gap <= low.bound(norms) + 1e-11 * norms[:, None]).all())
+
+
+def test_a_metric_at_full_rank_changes_nothing():
+    block, _ = curved(6, 9)
+    D = normal(2, 1, 6, 9)
+    low = low_rank(D, metric=metric_of(block))
+    assert torch.allclose(low.dense(), D, rtol=0, atol=1e-11)
+    zero = KroneckerBlock("z", (Part(0, 2),), None, None, torch.zeros(1, 2, 2))
+    assert metric_of(zero) is None
 
 
 def test_a_query_does_not_depend_on_its_batch_nor_on_global_randomness(rng_untouched):
