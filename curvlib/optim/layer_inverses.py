@@ -85,7 +85,11 @@ def moved(
 def sums_of(layer: FactoredLayer, pending: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over a layer's rows among pending ones: see :func:`row_sums`."""
     names = {key: f"{layer.name}|{key}" for key in ("left", "right", "rows", "terms")}
-    return {key: pending[name] for key, name in names.items() if name in pending}
+    found = {key: pending[name] for key, name in names.items() if name in pending}
+    sizes = {key: found[key].shape[-1] for key in ("left", "right") if key in found}
+    own = {"left": layer.shape[1], "right": layer.shape[2]}
+    # none, if a bias was frozen or set free since
+    return found if all(size == own[key] for key, size in sizes.items()) else {}
 
 
 def advanced(

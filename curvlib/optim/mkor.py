@@ -246,7 +246,11 @@ class MKOR(CurvatureOptimizer):
 
     def _dtype(self) -> torch.dtype:
         """Of sums, and of inverses if no other is asked for."""
-        return self.recorder.dtype
+        return self._current().dtype
+
+    def _current(self) -> LayerRecorder:
+        """The recorder of this step, also if parameters were frozen or set free meanwhile."""
+        return self.recorder if self._recorder is None else self._recorder
 
     def _unfit(self, layer: FactoredLayer) -> str:
         """Why a layer is not preconditioned, or nothing."""
@@ -278,7 +282,7 @@ class MKOR(CurvatureOptimizer):
 
     def _observe(self, loss: Tensor, scale: float) -> None:
         del loss  # its backward pass meets the hooks
-        self.recorder.hand_over()  # what came before has the scale of before
+        self._current().hand_over()  # what came before has the scale of before
         self._scale = scale
 
     def _missing(self) -> None:
@@ -293,7 +297,7 @@ class MKOR(CurvatureOptimizer):
         if self.replicas > 1 and self._due():  # ranks may have used other layers
             k = self.vectors if self.signed else 1
             for name, layer in self._layers.items():
-                device = self.recorder.space.device
+                device = self._current().space.device
                 for key, zeros in zero_sums(layer, self._dtype(), k, device).items():
                     self.pending.setdefault(f"{name}|{key}", zeros)
         return super()._gradients()
@@ -379,7 +383,7 @@ class MKOR(CurvatureOptimizer):
         along = given
         if self.second_order and self._layers:
             places = [(layer, self._places[layer.name]) for layer, _ in layers]
-            along = directions(places, inverses, self.recorder.params, given)
+            along = directions(places, inverses, self._current().params, given)
         work = [
             (p, *rest_change(self.inner, p, along[id(p)], self.state.get(p, {}), _inner(group)))
             for _, p, group in self.parameters()
@@ -410,7 +414,7 @@ class MKOR(CurvatureOptimizer):
 
     def _group_of(self, layer: FactoredLayer) -> dict[str, Any]:
         """The group of a layer's first parameter, its weight if it has one."""
-        first = self.recorder.params[layer.names[0]]
+        first = self._current().params[layer.names[0]]
         return next(group for _, p, group in self.parameters() if p is first)
 
     # ---------------------------------------------------------------------------- state
