@@ -284,6 +284,8 @@ def _queries(
             products = 2.0 * O * I * width * (2 * iterations + 2)
             bases = 4.0 * width**2 * ((iterations + 1) * O + iterations * I)
             own = products + bases + 14.0 * I * width**2 + 2.0 * O * width**2
+        if curvature in ("ekfac", "kfac"):  # into its metric
+            own += 2.0 * O * I * sum(_dense_sides(s))
         flops += Q * s.groups * (own + 2.0 * O * I * rank)
     yield "compression", flops, float(_directions_bytes(layers, Q, rank, item)), float(2 * CHUNK)
 

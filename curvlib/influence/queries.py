@@ -107,11 +107,12 @@ def compression(
     for block in score_blocks(risk) if factors else ():
         own = factors.get(block.name)
         if own is not None and own.parts == block.parts and own.eigenvalues.shape == block.shape:
-            moved = {
-                side: None if Q is None else Q.to(like)
-                for side, Q in (("left", own.left), ("right", own.right))
-            }
-            same = replace(own, eigenvalues=own.eigenvalues.to(like), **moved)
+            same = replace(
+                own,
+                left=None if own.left is None else own.left.to(like),
+                right=None if own.right is None else own.right.to(like),
+                eigenvalues=own.eigenvalues.to(like),
+            )
             metrics[block.name] = metric_of(same)
 
     def keep(name: str, directions: BlockDirections) -> BlockDirections:
