@@ -29,6 +29,7 @@ from curvlib.optim.sophia import Sophia
 
 EPOCHS, BATCH, SEEDS, GOAL = 6, 100, 2, 0.2
 
+torch.set_num_threads(1)  # tensors are too small for more to help
 demo = digits(seed=0, epochs=0)  # an untrained network
 x, y = demo.train
 
