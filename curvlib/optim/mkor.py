@@ -35,6 +35,7 @@ from curvlib.operators.layer_vectors import Signs, row_sums, summable, zero_sums
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
 from curvlib.optim.gradients import finite
+from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_inverses import (
     LayerInverses,
     advanced,
@@ -43,7 +44,6 @@ from curvlib.optim.layer_inverses import (
 )
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.persistence import restored
-from curvlib.optim.rest import RULES, rest_change
 from curvlib.optim.rules.hybrid import HybridState, Trials
 from curvlib.optim.rules.hybrid import update as judged
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
@@ -385,9 +385,9 @@ class MKOR(CurvatureOptimizer):
             places = [(layer, self._places[layer.name]) for layer, _ in layers]
             along = directions(places, inverses, self._current().params, given)
         work = [
-            (p, *rest_change(self.inner, p, along[id(p)], self.state.get(p, {}), _inner(group)))
-            for _, p, group in self.parameters()
-            if id(p) in along
+            part
+            for group in self.param_groups
+            for part in inner_steps(self.inner, group, along, self.state)
         ]
         new = [t for own in inverses.values() for t in own.tensors] if self.pending else []
         if not finite([*(change for _, change, _ in work), *new]):
@@ -471,8 +471,3 @@ class _Sink:
         optimizer = self.optimizer()
         if optimizer is not None:
             optimizer.take(found)
-
-
-def _inner(group: dict[str, Any]) -> dict[str, Any]:
-    """A group's settings, under the names that the inner rules read."""
-    return {**group, "inner_scale": 1.0, "inner_betas": group["betas"], "inner_eps": group["eps"]}

@@ -213,5 +213,5 @@ def norm_matched(updates: Sequence[Tensor], gradients: Sequence[Tensor]) -> list
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     parts = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    norm: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
     return norm
