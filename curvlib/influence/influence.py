@@ -17,8 +17,10 @@ of the loss terms, leaving out example ``n`` moves the parameters by
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from curvlib.core.space import ParamSelection
 from curvlib.influence.arguments import numbers, opponents
 from curvlib.influence.directions import Directions, direction_parts
 from curvlib.influence.kept import kept, top_influence
-from curvlib.influence.preconditioner import preconditioner
+from curvlib.influence.preconditioner import preconditioner, required_damping
 from curvlib.influence.queries import fitting_directions, query_risk, risk_on
 from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
 from curvlib.influence.scan import Scan, ScanState, inverse
@@ -175,6 +177,22 @@ class Influence:
         kind = "relative" if own.relative else "absolute"
         return f"Influence({own.name}, damping={own.damping:g} {kind}, {self.unit}, {self.risk!r})"
 
+    def damped(self, damping: float, *, relative: bool = True) -> Influence:
+        """The same curvature with another damping, without fitting anything again.
+
+        Args:
+            damping: See the class; :func:`curvlib.influence.training_damping` for a run's own.
+            relative: Whether it is a fraction of the mean eigenvalue.
+
+        Raises:
+            TypeError: If ``damping`` is no number.
+            ValueError: If it is negative or not finite.
+        """
+        out = copy.copy(self)
+        value = required_damping(damping)
+        out.preconditioner = replace(self.preconditioner, damping=value, relative=relative)
+        return out
+
     # ------------------------------------------------------------------- scores
     def scores(
         self,
@@ -209,7 +227,9 @@ class Influence:
             FloatingPointError: If scores are not finite; names the layer.
         """
         risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
-        directions = fitting_directions(queries, self.risk, self.preconditioner, query_reduction, rank, tolerance)
+        directions = fitting_directions(
+            queries, self.risk, self.preconditioner, query_reduction, rank, tolerance
+        )
         scan = self._scan(risk, directions, 1, 0, normalize)
         parts, layers = [], []
         for part in example_scores(risk, directions, norms=scan.by_norm):

@@ -97,7 +97,8 @@ def linear_datamodeling_score(
         >>> round(found.value, 6), round(found.ceiling, 6)
         (1.0, 1.0)
     """
-    if not isinstance(scores, Tensor) or not isinstance(bank, RetrainingBank):
+    given: tuple[object, object] = (scores, bank)
+    if not isinstance(given[0], Tensor) or not isinstance(given[1], RetrainingBank):
         raise TypeError(
             "linear_datamodeling_score takes scores [Q, N] as a tensor and a RetrainingBank, got "
             f"{type(scores).__name__} and {type(bank).__name__}"

@@ -99,11 +99,7 @@ def preconditioner(
         TypeError: If an argument is of another type.
         ValueError: If the name is unknown, or the operator is of another model or data.
     """
-    if damping is not None and (isinstance(damping, bool) or not isinstance(damping, (int, float))):
-        raise TypeError(f"damping= is a number, got {type(damping).__name__}")
-    if damping is not None and not 0.0 <= damping < float("inf"):
-        raise ValueError(f"damping= is a finite number, at least 0, got {damping}")
-    value = DAMPING if damping is None else float(damping)
+    value = DAMPING if damping is None else required_damping(damping)
     if curvature is None or isinstance(curvature, str):
         found = _fitted(risk, curvature or NAMES[0], fit, progress)
         return risk, Preconditioner(found, value, relative)
@@ -118,6 +114,20 @@ def preconditioner(
         value = 0.0
     risk, curvature = _matched(risk, curvature)
     return risk, Preconditioner(curvature, value, relative)
+
+
+def required_damping(damping: float) -> float:
+    """The damping, if it is one.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise TypeError(f"damping= is a number, got {type(damping).__name__}")
+    if not 0.0 <= damping < float("inf"):
+        raise ValueError(f"damping= is a finite number, at least 0, got {damping}")
+    return float(damping)
 
 
 def _fitted(

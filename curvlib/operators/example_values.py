@@ -135,17 +135,17 @@ def _losses(batch: Batch) -> Tensor:
 
 def _errors(batch: Batch, output: Tensor) -> Tensor:
     """Errors of predictions, with the entries of an example one after the other."""
-    loss, target = batch.risk.loss, batch.target
+    loss, target = batch.risk.loss, torch.as_tensor(batch.target)
     if loss.kind == "mse":
-        return output - target
+        return torch.sub(output, target)
     p = output.sigmoid() if loss.kind == "bce_with_logits" else probabilities(loss, output)
     if not loss.categorical or target.is_floating_point():
-        return p - target
+        return torch.sub(p, target)
     axis = 1 if output.ndim > 1 else 0
     valid = target != loss.ignore_index
     index = target.where(valid, 0).unsqueeze(axis)
     errors = p - torch.zeros_like(p).scatter_(axis, index, 1.0)
-    return errors * valid.unsqueeze(axis)
+    return torch.mul(errors, valid.unsqueeze(axis))
 
 
 def _require_risk(risk: object, name: str) -> None:

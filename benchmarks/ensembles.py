@@ -1,0 +1,155 @@
+"""Many small MLPs trained at once, each on its own subset: the ground truth of influence scores.
+
+The weights of ``b`` models are stacked ``[b, out, in]``, so that a step of all is three batched
+matrix products. Gradients are PyTorch's; subsets, orders and initial weights are each model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvlib.influence.horizon import training_damping
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and recipe of one kind of model."""
+
+    name: str
+    sizes: tuple[int, ...]
+    train: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+    lr: float
+    epochs: int
+    decay: float = 1e-3
+    momentum: float = 0.9
+    batch: int = 32
+
+    @property
+    def classes(self) -> bool:
+        return not self.train[1].is_floating_point()
+
+    @property
+    def damping(self) -> float:
+        """Absolute damping that goes with the recipe on all examples."""
+        steps = self.epochs * (len(self.train[0]) // self.batch)
+        return training_damping(self.lr, steps, momentum=self.momentum, weight_decay=self.decay)
+
+    def loss(self) -> nn.Module:
+        return nn.CrossEntropyLoss() if self.classes else nn.MSELoss()
+
+    def each(self, output: Tensor, target: Tensor) -> Tensor:
+        """Losses of single examples, from outputs ``[..., C]``."""
+        if self.classes:
+            flat = F.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="none")
+            return flat.view(target.shape)
+        return (output - target).square().sum(-1)
+
+
+def diabetes() -> Task:
+    """scikit-learn's diabetes, 353 training examples and 88 queries."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = (torch.as_tensor(a).float() for a in load_diabetes(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order, None]
+    train = slice(0, 353)
+    x = (x - x[train].mean(0)) / x[train].std(0)
+    y = (y - y[train].mean()) / y[train].std()
+    return Task(
+        "diabetes",
+        (10, 128, 128, 1),
+        (x[train], y[train]),
+        (x[353:441], y[353:441]),
+        lr=0.03,
+        epochs=20,
+        momentum=0.0,
+    )
+
+
+def digits() -> Task:
+    """scikit-learn's digits, 1,437 training examples and 100 queries."""
+    from sklearn.datasets import load_digits
+
+    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order].float() / 16, y[order]
+    return Task(
+        "digits",
+        (64, 128, 128, 10),
+        (x[:1437], y[:1437]),
+        (x[1437:1537], y[1437:1537]),
+        lr=0.05,
+        epochs=15,
+    )
+
+
+def initial(task: Task, seed: int) -> list[Tensor]:
+    """Weights and biases as ``nn.Linear`` makes them, from a seed of their own."""
+    random = torch.Generator().manual_seed(seed)
+    out = []
+    for a, b in zip(task.sizes, task.sizes[1:], strict=False):
+        bound = a**-0.5
+        out.append((2 * torch.rand(b, a, generator=random) - 1) * bound)
+        out.append((2 * torch.rand(b, generator=random) - 1) * bound)
+    return out
+
+
+def forward(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Outputs ``[b, n, C]`` of stacked models for inputs ``[b, n, I]``."""
+    for i in range(0, len(weights), 2):
+        x = torch.baddbmm(weights[i + 1][:, None], x, weights[i].mT)
+        if i + 2 < len(weights):
+            x = x.relu()
+    return x
+
+
+def trained(task: Task, keep: Tensor, seeds: Sequence[int]) -> list[Tensor]:
+    """Stacked weights of models trained on the kept examples ``[b, N]``; all keep as many."""
+    x, y = task.train
+    start = [initial(task, seed) for seed in seeds]
+    weights = [torch.stack(parts).requires_grad_() for parts in zip(*start, strict=True)]
+    kept = torch.stack([row.nonzero()[:, 0] for row in keep])
+    count = kept.shape[1]
+    orders = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
+    speed = [torch.zeros_like(w) for w in weights]
+    for _ in range(task.epochs):
+        order = torch.stack([torch.randperm(count, generator=g) for g in orders])
+        order = kept.gather(1, order)
+        for begin in range(0, count - count % task.batch or count, task.batch):
+            index = order[:, begin : begin + task.batch]
+            losses = task.each(forward(weights, x[index]), y[index])
+            gradients = torch.autograd.grad(losses.mean(1).sum(), weights)
+            with torch.no_grad():
+                for w, v, g in zip(weights, speed, gradients, strict=True):
+                    v.mul_(task.momentum).add_(g).add_(w, alpha=task.decay)
+                    w.sub_(v, alpha=task.lr)
+    return [w.detach() for w in weights]
+
+
+def query_losses(task: Task, weights: Sequence[Tensor]) -> Tensor:
+    """Losses of stacked models on the queries, ``[b, Q]``, float64."""
+    x, y = task.query
+    b = len(weights[0])
+    with torch.no_grad():
+        output = forward(weights, x.expand(b, *x.shape))
+        return task.each(output, y.expand(b, *y.shape)).double()
+
+
+def model(task: Task, seed: int, keep: Tensor | None = None) -> nn.Sequential:
+    """One model that was trained by the same recipe, as a module."""
+    every = torch.ones(len(task.train[0]), dtype=torch.bool) if keep is None else keep
+    weights = trained(task, every[None], [seed])
+    layers: list[nn.Module] = []
+    for i in range(0, len(weights), 2):
+        layer = nn.Linear(weights[i].shape[2], weights[i].shape[1])
+        with torch.no_grad():
+            layer.weight.copy_(weights[i][0])
+            layer.bias.copy_(weights[i + 1][0])
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).eval()

@@ -1,0 +1,293 @@
+"""Do influence scores predict retrained models? LDS, mislabels, removal; beside kronfluence.
+
+    python benchmarks/influence.py [--parts lds mislabel removal] [--tasks diabetes digits]
+                                   [--masks 100] [--repeats 5] [--seeds 3] [--bank-seed 0]
+
+``lds``
+    Models are retrained on 100 random halves of the training data, five times each (the bank, kept
+    in ``curvlib-out/``). Each method scores with models that were trained on everything: means over
+    single models ("single") and scores averaged over them ("ensemble"), with 95 % bootstrap
+    intervals over queries and halves, and the ceiling that noise of retraining leaves. kronfluence,
+    if it is installed, has the same models, data and bank.
+    "damping of the run" is :func:`curvlib.influence.training_damping`, from learning rate, steps,
+    momentum and weight decay alone. "chosen" damping has the largest LDS on a bank of its own: 20
+    halves x 2 retrainings with other seeds; half of the queries, the other half is judged, too.
+``mislabel``
+    10 % of the digits' labels are changed; examples are inspected by self-influence or by loss.
+``removal``
+    The most influential examples of the mean query are left out, and models retrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import ensembles
+import torch
+from ensembles import Task
+from torch import Tensor, nn
+
+import curvlib as cl
+from curvlib.influence.bank import RetrainingBank, retraining_bank
+from curvlib.influence.influence import Influence
+from curvlib.influence.lds import linear_datamodeling_score
+from curvlib.influence.mislabel import mislabel_detection
+from curvlib.influence.refined import refined
+from curvlib.influence.removal import removal_curve
+from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
+
+TASKS = {"diabetes": ensembles.diabetes, "digits": ensembles.digits}
+DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
+Method = Callable[[nn.Module, Task], Tensor]
+
+
+def influence(
+    curvature: str | None = None, damping: float | None = None, *, of_run: bool = False
+) -> Method:
+    """Scores ``[Q, N]`` of curvlib."""
+
+    def scores(model: nn.Module, task: Task) -> Tensor:
+        risk = cl.Risk(model, task.loss(), task.train)
+        own = refined(risk) if curvature == "refined" else curvature
+        own_damping = task.damping if of_run else damping
+        found = Influence.of(risk, own, damping=own_damping, relative=not of_run, progress=False)
+        return found.scores(task.query).scores
+
+    return scores
+
+
+METHODS: dict[str, Method] = {
+    "identity": influence("identity"),
+    "diagonal": influence("diagonal"),
+    "K-FAC": influence("kfac"),
+    "EK-FAC (default)": influence(),
+    "EK-FAC + CG": influence("refined"),
+    "EK-FAC, damping of the run": influence(of_run=True),
+    "EK-FAC + CG, damping of the run": influence("refined", of_run=True),
+}
+
+
+def kronfluence_methods() -> dict[str, Method]:
+    """The peer, at its default damping (1e-8) and at its heuristic (0.1 of the mean)."""
+    try:
+        import kronfluence  # noqa: F401  # whether it is there
+    except ImportError:
+        return {}
+    from kronfluence_scores import scores
+
+    return {
+        "kronfluence EK-FAC (default)": lambda model, task: scores(model, task, 1e-8),
+        "kronfluence EK-FAC (heuristic)": lambda model, task: scores(model, task, None),
+    }
+
+
+def bank_of(task: Task, masks: int, repeats: int, seed: int) -> RetrainingBank:
+    def train(keep: Tensor, seeds: Sequence[int]) -> Tensor:
+        return ensembles.query_losses(task, ensembles.trained(task, keep, seeds))
+
+    folder = Path("curvlib-out") / "influence-banks"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{task.name}-{masks}x{repeats}-{seed}.safetensors"
+    return retraining_bank(
+        train,
+        len(task.train[0]),
+        masks=masks,
+        repeats=repeats,
+        together=25 * repeats,
+        seed=seed,
+        problem=f"{task.name} {task.lr} {task.epochs} {task.momentum}",
+        checkpoint=folder / name,
+    )
+
+
+def lds_rows(args: argparse.Namespace, task: Task) -> list[dict[str, Any]]:
+    bank = bank_of(task, args.masks, args.repeats, args.bank_seed)
+    models = [ensembles.model(task, 10_000 + seed) for seed in range(args.seeds)]
+    rows = []
+    for name, method in (METHODS | kronfluence_methods()).items():
+        start = time.perf_counter()
+        every = [method(model, task) for model in models]
+        seconds = (time.perf_counter() - start) / len(models)
+        rows.append(_lds_row(task, bank, name, every, seconds))
+    rows.append(_selected(args, task, bank, models))
+    return rows
+
+
+def _lds_row(
+    task: Task, bank: RetrainingBank, name: str, every: list[Tensor], seconds: float
+) -> dict[str, Any]:
+    singles = [linear_datamodeling_score(scores, bank) for scores in every]
+    ensemble = linear_datamodeling_score(torch.stack(every).mean(0), bank)
+    values = [found.value for found in singles]
+    row = {
+        "part": "lds",
+        "task": task.name,
+        "method": name,
+        "single": sum(values) / len(values),
+        "single low": sum(f.low for f in singles) / len(singles),
+        "single high": sum(f.high for f in singles) / len(singles),
+        "ensemble": ensemble.value,
+        "low": ensemble.low,
+        "high": ensemble.high,
+        "ceiling": ensemble.ceiling,
+        "seconds": seconds,
+    }
+    print(common.table([row], COLUMNS["lds"]).splitlines()[-1], flush=True)
+    return row
+
+
+def _selected(
+    args: argparse.Namespace, task: Task, bank: RetrainingBank, models: list[nn.Module]
+) -> dict[str, Any]:
+    """Damping by a small bank of other halves, other seeds and half of the queries."""
+    Q = len(task.query[0]) // 2
+    small = bank_of(task, 20, 2, args.bank_seed + 1)
+    small = replace(small, losses=small.losses[:, :, :Q])
+    start = time.perf_counter()
+    fits = [Influence.of(cl.Risk(m, task.loss(), task.train), progress=False) for m in models]
+    tried: dict[float, list[Tensor]] = {}
+    merits = {}
+    for damping in DAMPINGS:
+        tried[damping] = [fit.damped(damping).scores(task.query).scores for fit in fits]
+        mean = torch.stack(tried[damping]).mean(0)[:Q]
+        merits[damping] = linear_datamodeling_score(mean, small, resamples=2).value
+    best = max(merits, key=lambda damping: merits[damping])
+    seconds = (time.perf_counter() - start) / len(models)
+    judged = replace(bank, losses=bank.losses[:, :, Q:])
+    every = [scores[Q:] for scores in tried[best]]
+    return _lds_row(task, judged, f"EK-FAC, damping {best:g} chosen", every, seconds)
+
+
+def mislabel_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for seed in range(args.seeds):
+        task, flipped = _flipped(seed)
+        model = ensembles.model(task, seed)
+        risk = cl.Risk(model, task.loss(), task.train)
+        contenders: dict[str, Callable[[], Tensor]] = {
+            "self-influence, EK-FAC": lambda r=risk: Influence.of(r).self_scores().scores,
+            "self-influence, K-FAC": lambda r=risk: Influence.of(r, "kfac").self_scores().scores,
+            "GraNd": lambda r=risk: gradient_norms(r),
+            "EL2N": lambda r=risk: error_norms(r),
+            "loss": lambda r=risk: example_losses(r),
+        }
+        for name, scores in contenders.items():
+            found = mislabel_detection(scores(), flipped)
+            rows.append(
+                {
+                    "part": "mislabel",
+                    "method": name,
+                    "seed": seed,
+                    "auc": found.auc,
+                    "top 10 %": float(found.found[0]),
+                    "top 20 %": float(found.found[1]),
+                }
+            )
+    return rows
+
+
+def _flipped(seed: int) -> tuple[Task, Tensor]:
+    """Digits of which 10 % have another label."""
+    task = ensembles.digits()
+    x, y = task.train
+    random = torch.Generator().manual_seed(100 + seed)
+    flipped = torch.zeros(len(y), dtype=torch.bool)
+    flipped[torch.randperm(len(y), generator=random)[: len(y) // 10]] = True
+    other = (y + torch.randint(1, 10, y.shape, generator=random)) % 10
+    return replace(task, train=(x, torch.where(flipped, other, y))), flipped
+
+
+def removal_rows(args: argparse.Namespace, task: Task) -> list[dict[str, Any]]:
+    """The query is the mean of the ten with the largest loss."""
+    model = ensembles.model(task, 10_000)
+    hard = (
+        example_losses(cl.Risk(model, task.loss(), task.query)).sort(descending=True).indices[:10]
+    )
+    task = replace(task, query=(task.query[0][hard], task.query[1][hard]))
+
+    def train(keep: Tensor, seeds: Sequence[int]) -> Tensor:
+        return ensembles.query_losses(task, ensembles.trained(task, keep, seeds))
+
+    N = len(task.train[0])
+    rows = []
+    for name in ("identity", "EK-FAC (default)"):
+        scores = METHODS[name](model, task).mean(0)
+        removed = [N // 50, N // 20, N // 10, N // 5]
+        curve = removal_curve(train, scores, removed=removed, repeats=args.repeats)
+        for i, count in enumerate(removed):
+            rows.append(
+                {
+                    "part": "removal",
+                    "task": task.name,
+                    "method": name,
+                    "removed": count,
+                    "change": float(curve.change[i]),
+                    "stderr": float(curve.change_stderr[i]),
+                    "random": float(curve.random[i]),
+                    "random stderr": float(curve.random_stderr[i]),
+                }
+            )
+    return rows
+
+
+COLUMNS = {
+    "lds": {
+        "task": "",
+        "method": "",
+        "single": ".3f",
+        "single low": ".3f",
+        "single high": ".3f",
+        "ensemble": ".3f",
+        "low": ".3f",
+        "high": ".3f",
+        "ceiling": ".3f",
+        "seconds": ".1f",
+    },
+    "mislabel": {"method": "", "seed": "", "auc": ".3f", "top 10 %": ".3f", "top 20 %": ".3f"},
+    "removal": {
+        "task": "",
+        "method": "",
+        "removed": "",
+        "change": ".4f",
+        "stderr": ".4f",
+        "random": ".4f",
+        "random stderr": ".4f",
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--parts", nargs="+", default=["lds", "mislabel", "removal"], choices=list(COLUMNS))
+    add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    add("--masks", type=int, default=100)
+    add("--repeats", type=int, default=5)
+    add("--seeds", type=int, default=3)
+    add("--bank-seed", type=int, default=0)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--no-save", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for part in args.parts:
+        new: list[dict[str, Any]] = []
+        if part == "mislabel":
+            new = mislabel_rows(args)
+        for name in args.tasks if part != "mislabel" else []:
+            new += (lds_rows if part == "lds" else removal_rows)(args, TASKS[name]())
+        rows += new
+        print(common.table(new, COLUMNS[part]), end="\n\n", flush=True)
+    if not args.no_save:
+        settings = {k: v for k, v in vars(args).items() if k != "no_save"}
+        print("wrote", common.save("influence", rows, settings))
+
+
+if __name__ == "__main__":
+    main()
