@@ -257,8 +257,11 @@ class GradientWindow:
 
 
 def norm(vector: Tensor) -> float:
-    """The norm, in float64: NaN or infinite if an entry is."""
-    return float(torch.linalg.vector_norm(vector, dtype=F64)) if vector.numel() else 0.0
+    """The norm, NaN or infinite if an entry is; in float64 where squares leave float32's range."""
+    fast = torch.linalg.vector_norm(vector, dtype=F64 if vector.dtype == F64 else torch.float32)
+    if 1e-12 < (value := float(fast)) < 1e18:
+        return value
+    return float(torch.linalg.vector_norm(vector, dtype=F64))
 
 
 def _placeholders(old: SparseWindow, new: SparseWindow, start: int) -> Tensor:

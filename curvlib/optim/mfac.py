@@ -58,9 +58,6 @@ from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, 
 from curvlib.optim.rules import mfac as rule
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
 
-#: Settings that a group's window is made with at its first step.
-FIXED = ("size", "window", "dtype", "compression")
-
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
@@ -86,7 +83,8 @@ class MFAC(CurvatureOptimizer):
 
     Args:
         params: Parameters, named parameters or groups of them. All settings but the last can
-            differ by group. A group lives on one device.
+            differ by group; ``size``, ``window``, ``dtype`` and ``compression`` are read when a
+            group takes its first step. A group lives on one device.
         lr: Learning rate :math:`\eta`, as that of SGD with momentum; without ``norm_matching``
             about 0.003 to 0.03.
         size: ``m``, how many gradients the window keeps at most.
