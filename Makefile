@@ -16,8 +16,8 @@ help: ## what there is
 demo: $(STAMP) ## the Hessian spectrum of a small network on handwritten digits, in curvlib-out/demo
 	$(BIN)/curvlib spectrum --resume --out $(DEMO)
 
-test: $(STAMP) ## the tests and the doctests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the tests and the doctests, on all cores
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## style, format, types and import rules
 	$(BIN)/ruff check .

@@ -85,6 +85,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             kind=args.curvature,
             examples=args.examples,
             seed=args.seed,
+            checkpoint=work.checkpoints / "curvature.safetensors",
+            save_every=args.save_every,
         )
         measured = None
         if args.validate:

@@ -100,7 +100,7 @@ class ExampleProducts:
 
 
 def example_products(
-    risk: Risk, *, kind: str = "hessian", block: int | None = None
+    risk: Risk, *, kind: str = "hessian", block: int | None = None, start: int = 0
 ) -> Iterator[ExampleProducts]:
     """Streams the examples of a risk, block by block, as matrices to multiply by.
 
@@ -111,13 +111,14 @@ def example_products(
         kind: ``"hessian"`` or ``"ggn"``.
         block: Examples of a block at most; memory is about that of ``block`` Hessian products.
             About ``2 ** 22 / P`` when omitted, from 1 to 64.
+        start: Examples to pass over: as many as the blocks of an earlier iteration held.
 
     Returns:
         An iterator over blocks, in the order of the data. A block is used before the next one.
 
     Raises:
-        ValueError: If ``kind`` is unknown, ``block`` not positive, a batch cannot be split into
-            examples, or examples are not independent.
+        ValueError: If ``kind`` is unknown, ``block`` not positive, ``start`` negative, a batch
+            cannot be split into examples, or examples are not independent.
 
     Example:
         >>> import torch, curvlib as cl
@@ -135,10 +136,12 @@ def example_products(
         block = max(1, min(64, BLOCK_NUMBERS // risk.space.size))
     if block < 1:
         raise ValueError(f"block= needs at least one example, got {block}")
-    return _stream(risk, kind, block)
+    if start < 0:
+        raise ValueError(f"start= needs a number of examples, at least 0, got {start}")
+    return _stream(risk, kind, block, start)
 
 
-def _stream(risk: Risk, kind: str, block: int) -> Iterator[ExampleProducts]:
+def _stream(risk: Risk, kind: str, block: int, skipped: int) -> Iterator[ExampleProducts]:
     batched = True
     first = True
     batches = risk.batches()
@@ -148,7 +151,8 @@ def _stream(risk: Risk, kind: str, block: int) -> Iterator[ExampleProducts]:
             if batch is None:
                 return
             count = batch.examples
-        for start in range(0, count, block):
+        passed, skipped = min(skipped, count), max(0, skipped - count)
+        for start in range(passed, count, block):
             with risk.untouched():
                 indices = torch.arange(start, min(start + block, count))
                 part = chosen_examples(batch, indices)

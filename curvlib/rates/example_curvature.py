@@ -37,28 +37,27 @@ of :mod:`curvlib.rates.spiked` has neither, and is off by up to two times on rea
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlib.core.minibatch import minibatches, require_batch_size
-from curvlib.core.operator import LinearOperator
+from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.random import generator_of
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
-from curvlib.core.run import Progress
+from curvlib.core.run import Progress, run
 from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import eigenpairs
-from curvlib.operators.example_products import example_products
 from curvlib.rates.arguments import curvature, require_kind, require_risk
+from curvlib.rates.example_sums import PROBES, ExampleSums, SumsState
 from curvlib.rates.preconditioned import Preconditioner, inverse_root, preconditioned
 from curvlib.rates.resampling import Sharpness, resampled_sharpness
 from curvlib.rates.spiked import additive, effective_batch
-
-#: Random vectors for what is averaged over examples as well: few suffice.
-PROBES = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,6 +196,8 @@ def example_curvature(
     tolerance: float = 1e-3,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: float = 30.0,
     progress: Progress = None,
 ) -> ExampleCurvature:
     r"""Per-example products along the top eigenvectors, from which all batch sizes follow.
@@ -216,7 +217,10 @@ def example_curvature(
         tolerance: Of the eigenpairs, relative to the norm.
         generator: Where random vectors come from, or
         seed: their seed. With neither, the seed is 0.
-        progress: Whether to show a bar for the eigenpairs.
+        checkpoint: A file to save to, and to continue from where it exists; the eigenpairs have
+            their own beside it, with ``-eigenpairs`` in its name.
+        save_every: Seconds between saves.
+        progress: Whether to show bars, of the eigenpairs and of the examples.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -246,11 +250,39 @@ def example_curvature(
         P: Any = preconditioner
         H = preconditioned(H, P, risk)
     k = min(directions, H.shape[0])
-    pairs = eigenpairs(H, k, tolerance=tolerance, check=False, generator=random, progress=progress)
+    saved: dict[str, Any] = {"save_every": save_every, "progress": progress}
+    pairs = eigenpairs(
+        H,
+        k,
+        tolerance=tolerance,
+        check=False,
+        generator=random,
+        checkpoint=None if checkpoint is None else beside(checkpoint, "eigenpairs"),
+        **saved,
+    )
     part = risk if taken == count else minibatches(risk, taken, 1, generator=random)[0]
-    sums = _Sums(H, root, pairs.vectors, random)
-    for piece in example_products(part, kind=kind, block=block):
-        sums.add(piece)
+    sums = ExampleSums(H, root, pairs.vectors, part, kind, block)
+    settings = {
+        "directions": k,
+        "kind": kind,
+        "preconditioner": None if root is None else root.name,
+        "examples": taken,
+        "tolerance": tolerance,
+        "seed": (seed or 0) if generator is None else "generator",
+    }
+    last = run(
+        lambda: sums.first(random),
+        sums.next,
+        state_type=SumsState,
+        done=lambda state: state.ends is not None,
+        report=lambda state: (len(state.weights), taken, ""),
+        title=f"{kind} of {taken} examples",
+        checkpoint=checkpoint,
+        problem=lambda: f"{H.fingerprint()} {digest([pairs.vectors])}",
+        settings={**settings, "block": block},
+        device=pairs.vectors.device,
+        **saved,
+    )
     return ExampleCurvature(
         values=pairs.values,
         vectors=pairs.vectors,
@@ -258,115 +290,15 @@ def example_curvature(
         size=H.shape[0],
         products=pairs.products + k + 2 + 2 * PROBES,
         kind=kind,
-        settings={
-            "directions": k,
-            "kind": kind,
-            "preconditioner": None if root is None else root.name,
-            "examples": taken,
-            "tolerance": tolerance,
-            "seed": (seed or 0) if generator is None else "generator",
-        },
-        **sums.finish(pairs.values),
+        settings=settings,
+        **sums.finished(last, pairs.values),
     )
 
 
-class _Sums:
-    """What is gathered over the blocks of examples."""
-
-    def __init__(
-        self,
-        H: LinearOperator,
-        root: LinearOperator | None,
-        V: Tensor,
-        generator: torch.Generator,
-    ) -> None:
-        self.H, self.root, self.V = H, root, V
-        self.generator = generator
-        self.projected: list[Tensor] = []
-        self.spread: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        self.scalars: list[Tensor] = []  # own curvature of the noise, trace, square
-        self.mixed = torch.zeros((PROBES, V.shape[0]), dtype=V.dtype, device=V.device).mT
-
-    def add(self, piece: Any) -> None:
-        V, n = self.V, piece.count
-        k = V.shape[1]
-        images = self._product(piece, V)
-        M = torch.einsum("pa,npb->nab", V, images)
-        R = images - torch.einsum("pa,nab->npb", V, M)
-        R = R - torch.einsum("pa,nab->npb", V, torch.einsum("pa,npb->nab", V, R))
-        along = torch.einsum("npb,nb->np", R, self._signs(n, k))
-        z = self._signs(n, V.shape[0])
-        both = self._product(piece, torch.stack([along, z], dim=2))
-        self.scalars.append(
-            torch.stack(
-                [
-                    torch.linalg.vecdot(along.double(), both[:, :, 0].double()),
-                    along.double().square().sum(1),
-                    torch.linalg.vecdot(z.double(), both[:, :, 1].double()),
-                    both[:, :, 1].double().square().sum(1),
-                ],
-                dim=1,
-            ).cpu()
-        )
-        mixes = self._signs(n * k, PROBES).view(n, k, PROBES)
-        self.mixed += torch.einsum("npb,nbj->pj", R, mixes)
-        self.projected.append(M.double().cpu())
-        self.spread.append((R.mT @ R).double().cpu())
-        self.weights.append(piece.weights)
-
-    def finish(self, values: Tensor) -> dict[str, Any]:
-        projected, spread = torch.cat(self.projected), torch.cat(self.spread)
-        weights, scalars = torch.cat(self.weights), torch.cat(self.scalars)
-        mean = float(weights.mean())
-        if mean == 0.0:
-            raise ValueError(
-                "no loss term of the examples is valid; check ignore_index and weight="
-            )
-        projected, spread = projected / mean, spread / mean**2
-        scalars = scalars / torch.tensor([mean**3, mean**2, mean, mean**2], dtype=torch.float64)
-        total = float(_traces(spread).sum())
-        shared = torch.linalg.vecdot(
-            self.mixed.mT.double(), self.H.matmat(self.mixed).mT.double()
-        ).mean()
-        rest = self._signs(self.V.shape[0], PROBES)
-        rest = rest - self.V @ (self.V.mT @ rest)
-        image = self.H.matmat(rest)
-        image = image - self.V @ (self.V.mT @ image)
-        trace = scalars[:, 2]
-        # batches divide by their own weight: to first order, that takes out its deviation
-        projected = projected - (weights / mean - 1.0)[:, None, None] * torch.diag(values)
-        projected = projected + torch.diag(values) - projected.mean(0)
-        return {
-            "projected": projected,
-            "spread": spread,
-            "own": scalars[:, :2].contiguous(),
-            "shared": float(shared) / mean**2 / total if total > 0.0 else 0.0,
-            "trace": float(trace.mean()),
-            "trace_stderr": float(trace.std()) / math.sqrt(len(weights)),
-            "square": float(scalars[:, 3].mean()),
-            "complement": float(image.double().square().sum()) / PROBES,
-        }
-
-    def _product(self, piece: Any, columns: Tensor) -> Tensor:
-        """``P^-1/2 H_i P^-1/2`` times columns ``[P, K]`` or ``[n, P, K]``, as ``[n, P, K]``."""
-        if self.root is None:
-            out: Tensor = piece.matmat(columns)
-            return out
-        inner = piece.matmat(_apply(self.root, columns))
-        return _apply(self.root, inner)
-
-    def _signs(self, rows: int, columns: int) -> Tensor:
-        bits = torch.randint(2, (rows, columns), generator=self.generator)
-        return bits.to(self.V).mul_(2.0).sub_(1.0)
-
-
-def _apply(root: LinearOperator, columns: Tensor) -> Tensor:
-    if columns.ndim == 2:
-        return root.matmat(columns)
-    n, size, k = columns.shape
-    flat = columns.permute(1, 0, 2).reshape(size, n * k)
-    return root.matmat(flat).view(size, n, k).permute(1, 0, 2)
+def beside(path: str | os.PathLike[str], word: str) -> Path:
+    """The path of another file of the same run."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}-{word}{path.suffix}")
 
 
 def _traces(matrices: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ steps, above they do not.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,12 @@ from torch import Tensor
 from curvlib.core.minibatch import require_batch_size
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.risk import Risk
+from curvlib.core.run import Progress
 from curvlib.rates.arguments import require_kind, require_risk
-from curvlib.rates.example_curvature import ExampleCurvature, example_curvature
+from curvlib.rates.example_curvature import ExampleCurvature, beside, example_curvature
 from curvlib.rates.laws import stable_rate
 from curvlib.rates.methods import Method, damped_preconditioner, read_method
+from curvlib.rates.preconditioned import Preconditioner
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +61,14 @@ LAWS = (
     "second_moment",
     "linear",
     "square_root",
+)
+#: Their colours (Okabe and Ito, and grey), which no cycle of a style gives twice.
+COLORS = dict(
+    zip(
+        LAWS,
+        ("0.35", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"),
+        strict=True,
+    )
 )
 
 
@@ -132,6 +143,7 @@ class MaxLearningRate(Result):
             ax.plot(
                 sizes,
                 rates.tolist(),
+                color=COLORS[name],
                 label=name.replace("_", " ") + (" (in use)" if used else ""),
                 lw=2.2 if used else 1.2,
                 ls="-" if used else "--" if name in ("linear", "square_root") else "-.",
@@ -168,6 +180,9 @@ def max_learning_rate(
     examples: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: float = 30.0,
+    progress: Progress = None,
 ) -> MaxLearningRate:
     r"""The largest stable learning rate for each batch size, with the critical batch size.
 
@@ -198,6 +213,10 @@ def max_learning_rate(
         examples: Take per-example products of so many examples only.
         generator: Where random vectors come from, or
         seed: their seed. With neither, the seed is 0.
+        checkpoint: A file to save to, and to continue from where it exists. There are several
+            beside it, with words added to its name.
+        save_every: Seconds between saves.
+        progress: Whether to show bars: see :data:`curvlib.core.run.Progress`.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -230,24 +249,36 @@ def max_learning_rate(
             f"curvature= is for 'sgd' and 'momentum'; {method.name!r} needs the curvature that its "
             "preconditioner gives"
         )
-    random: dict[str, Any] = {"generator": generator, "seed": seed}
-    options = {"directions": directions, "kind": kind, "examples": examples, **random}
+    options: dict[str, Any] = {
+        "directions": directions,
+        "kind": kind,
+        "examples": examples,
+        "generator": generator,
+        "seed": seed,
+        "save_every": save_every,
+        "progress": progress,
+    }
+
+    def known_for(P: Preconditioner | None, word: str = "") -> ExampleCurvature:
+        path = beside(checkpoint, word) if checkpoint is not None and word else checkpoint
+        return example_curvature(risk, preconditioner=P, checkpoint=path, **options)
+
     products = 0
     known: dict[int, ExampleCurvature] = {}
     if method.follows_batch:
         for size in sorted(set(sizes)):
             P = method.preconditioner_for(size)
-            known[size] = example_curvature(risk, preconditioner=P, **options)
+            known[size] = known_for(P, f"batch-{size}")
             products += known[size].products
     else:
         one = curvature
         if one is None:
             P = method.preconditioner
             if method.name == "damped":
-                plain = example_curvature(risk, **options)
+                plain = known_for(None, "undamped")
                 products += plain.products
                 P = damped_preconditioner(plain, method.damping)
-            one = example_curvature(risk, preconditioner=P, **options)
+            one = known_for(P)
             products += one.products
         known = dict.fromkeys(sizes, one)
     rows = [_laws(known[size], size, method, resamples, seed) for size in sizes]

@@ -121,6 +121,8 @@ def test_arguments_that_do_not_fit() -> None:
         example_products(risk, kind="fisher")
     with pytest.raises(ValueError, match="block= needs at least one example, got 0"):
         example_products(risk, block=0)
+    with pytest.raises(ValueError, match="start= needs a number of examples, at least 0, got -1"):
+        example_products(risk, start=-1)
     part = next(example_products(risk, block=2))
     size = risk.space.size
     shape = rf"expected columns of shape \[{size}, K\], or \[2, {size}, K\] for 2 examples"

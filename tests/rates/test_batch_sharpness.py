@@ -108,6 +108,38 @@ def test_corrected_against_dense_batches(kind: str, batch: int) -> None:
         assert abs(known.isotropic(4) / truth - 1) > 3 * abs(found.value / truth - 1)
 
 
+@pytest.mark.parametrize("stop_at", [0, 5, 13, 24])
+def test_the_pass_over_examples_goes_on_bitwise(tmp_path: Path, stop_at: int) -> None:
+    """Stopped within the eigenpairs (0), within a batch, in the next one, before the last step."""
+    risk = classifier(24, batches=2)
+    options: dict[str, Any] = {"examples": None, "block": 5, "seed": 3, "save_every": 0}
+    whole = example_curvature(risk, 3, **options)
+    path = tmp_path / "run.safetensors"
+
+    def stop(done: float, total: float | None, note: str) -> None:
+        if (total == 24 and done >= stop_at > 0) or (stop_at == 0 and total != 24):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        example_curvature(risk, 3, **options, checkpoint=path, progress=stop)
+    seen: list[float] = []
+    again = example_curvature(
+        risk,
+        3,
+        **options,
+        checkpoint=path,
+        progress=lambda done, total, note: seen.append(done if total == 24 else -1.0),
+    )
+    for name in ("values", "vectors", "projected", "spread", "own"):
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+    for name in ("shared", "trace", "square", "complement", "products"):
+        assert getattr(again, name) == getattr(whole, name), name
+    if stop_at:
+        assert min(seen) >= stop_at - 5  # not from the beginning; eigenpairs took no step
+    with pytest.raises(ValueError, match=r"block was 5 and is now 4"):
+        example_curvature(risk, 3, **(options | {"block": 4}), checkpoint=path)
+
+
 def test_all_directions_leave_sampling_errors_only() -> None:
     risk = classifier(64)
     known = example_curvature(risk, 43, tolerance=1e-8)

@@ -302,3 +302,33 @@ def test_diverged_parameters() -> None:
 def test_each_hessian_is_what_the_tests_say() -> None:
     risk = classifier(10)
     torch.testing.assert_close(each_hessian(risk).mean(0), cl.hessian(risk).to_dense())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "files"),
+    [
+        ("sgd", {}, {"run", "run-eigenpairs"}),
+        ("damped", {"damping": 0.1}, {"run", "run-undamped"}),
+        ("adam", {}, {"run-batch-2", "run-batch-9"}),
+    ],
+)
+def test_goes_on_from_its_checkpoints(
+    tmp_path: Path, optimizer: str, options: dict[str, Any], files: set[str]
+) -> None:
+    risk = classifier(24)
+    whole = max_learning_rate(risk, [2, 9], optimizer, **options)
+    path = tmp_path / "run.safetensors"
+    max_learning_rate(risk, [2, 9], optimizer, **options, checkpoint=path)
+    assert files <= {file.stem for file in tmp_path.iterdir()}
+    steps: list[float] = []
+    again = max_learning_rate(
+        risk,
+        [2, 9],
+        optimizer,
+        **options,
+        checkpoint=path,
+        progress=lambda done, total, note: steps.append(done),
+    )
+    assert steps == []  # everything was known
+    for name in LAWS:
+        assert torch.equal(again.laws[name], whole.laws[name])
