@@ -1,6 +1,6 @@
 """curvlib: matrix-free curvature of neural networks, put to use."""
 
-from curvlib import pruning, rates
+from curvlib import influence, optim, pruning, rates
 from curvlib.core.block_diagonal import BlockDiagonal
 from curvlib.core.interop import (
     from_cupy,
@@ -101,6 +101,7 @@ __all__ = [
     "hessian_gradient_product",
     "hessian_of",
     "hypergradient",
+    "influence",
     "inverse",
     "jacobian",
     "kfac",
@@ -109,6 +110,7 @@ __all__ = [
     "mfac",
     "mfac_window",
     "ntk",
+    "optim",
     "prune",
     "pruning",
     "rates",

@@ -9,7 +9,8 @@ gradient descent with learning rate :math:`\eta` respond to a change of the grad
 
 which is :math:`1/\sigma` for directions that have converged and :math:`\eta T` for those that have
 hardly moved; the two sides are equal in both limits, and between them the left one is larger by at
-most 30 % for small :math:`\eta\sigma` (a factor :math:`1.3\,(1 + \eta\sigma)` at any). So an inverse that is damped by
+most 30 % for small :math:`\eta\sigma` (a factor :math:`1.3\,(1 + \eta\sigma)` at any). So an
+inverse that is damped by
 
 .. math:: \lambda = \mu + \frac{1 - \beta}{\eta T}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 
 def ranks(rows: Tensor) -> Tensor:
     """Ranks within each row, ties as their mean, float64, of the same shape."""
-    return torch.from_numpy(stats.rankdata(rows.detach().cpu().numpy(), axis=-1)).double()
+    from scipy.stats import rankdata  # slow to import
+
+    return torch.from_numpy(rankdata(rows.detach().cpu().numpy(), axis=-1)).double()
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
