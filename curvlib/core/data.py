@@ -38,6 +38,19 @@ def in_memory(data: Any, *, pairs: bool) -> Sequence[Any] | None:
     return None
 
 
+def batch_count(data: Any) -> int | None:
+    """How many batches there are, where that is known without a pass.
+
+    Example:
+        >>> batch_count([1, 2]), batch_count(iter([1, 2])) is None
+        (2, True)
+    """
+    try:
+        return len(data)
+    except TypeError:  # there is no __len__, or (of a DataLoader) its data set has none
+        return None
+
+
 def reiterable(data: Any) -> Any:
     """The data, if every pass can iterate over it anew.
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from curvlib.core import forward as passes
 from curvlib.core.batch import Batch, misread_mean
 from curvlib.core.data import (
+    batch_count,
     describe,
     in_memory,
     is_mapping,
@@ -357,7 +358,8 @@ class Risk:
             parts.append(digest([t for batch in self.in_memory for t in tensors(batch)]))
         else:
             parts.append(type(self.data).__name__)
-            parts.append(str(len(self.data)) if hasattr(self.data, "__len__") else "")
+            count = batch_count(self.data)
+            parts.append("" if count is None else str(count))
         return "|".join(parts)
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from curvlib.core.data import batch_count
 from curvlib.core.risk import Risk
 from curvlib.core.run import Report
 from curvlib.influence.directions import Directions
@@ -107,7 +108,7 @@ class Scan:
         self.sample = sample
         self.queries = next(iter(directions.values())).count
         data = risk.in_memory if risk.in_memory is not None else risk.data
-        self.total = len(data) if hasattr(data, "__len__") else None
+        self.total = batch_count(data)
         self._stream: Iterator[BatchScores] | None = None
         self._at = -1
 

@@ -37,13 +37,13 @@ from curvlib.core.space import ParamSelection, ParamSpace
 from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.kfac_fit import (
     Fit,
-    FitSettings,
-    FitState,
     fitted,
     kronecker_blocks,
     rest_blocks,
 )
 from curvlib.operators.kfac_layers import factored_layers
+from curvlib.operators.kfac_prefix import prefix_batches
+from curvlib.operators.kfac_state import FitSettings, FitState
 from curvlib.operators.kfac_targets import require_kind
 from curvlib.operators.row_masks import Mask
 
@@ -243,12 +243,13 @@ def kfac(
     dense_norms: bool = False,
     max_side: int = 8192,
     gates: str = "joint",
+    prefix: float | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress = None,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: float = 30.0,
 ) -> KFAC:
-    """Fits K-FAC and EK-FAC to a risk, in one pass over the data for each.
+    """Fits K-FAC and EK-FAC to a risk, in one pass over the data for each, or one for both.
 
     Covered are the weights and biases of ``Linear``, ``Conv1d``, ``Conv2d``, ``Conv3d`` (groups,
     dilation, every padding), ``Embedding``, ``LayerNorm``, ``RMSNorm``, ``GroupNorm``,
@@ -281,6 +282,10 @@ def kfac(
         gates: ``"joint"``: the gates of a recurrent weight have one left factor, ``[4H, 4H]`` for
             an LSTM, the K-FAC of the concatenated weight; ``"separate"``: one each, ``[H, H]``, as
             if gates were uncorrelated, with eigendecompositions that are 16 times cheaper.
+        prefix: One pass instead of two: factors, and so the eigenvectors, are those of the first
+            batches, of this fraction (float) or number (int) of all; corrected eigenvalues are of
+            all data. The data should be in random order. What gets no gradient in the prefix is
+            uncovered.
         dtype: Type of the operator: float32 or float64. Default: that of the parameters' vectors.
             Eigendecompositions are in float64.
         progress: Whether to show a bar, or a function: see :data:`curvlib.core.run.Progress`.
@@ -319,6 +324,11 @@ def kfac(
         raise ValueError(f"gates= is one of {', '.join(map(repr, _GATES))}, got {gates!r}")
     if dtype not in (None, torch.float32, torch.float64):
         raise TypeError(f"dtype= is torch.float32 or torch.float64, got {dtype}")
+    if prefix is not None and not eigen_corrected:
+        raise ValueError(
+            "prefix= leaves all data to the corrected eigenvalues; with eigen_corrected=False fit "
+            "to fewer batches instead, kfac(risk.on(batches), ...)"
+        )
     if params is not None:
         risk = risk.restrict(params)
     layers, uncovered = factored_layers(
@@ -326,7 +336,15 @@ def kfac(
     )
     _require_some(bool(layers), uncovered)
     settings = FitSettings(
-        fisher, samples, seed, sharing, eigen_corrected, rest, dtype or risk.space.dtype, gates
+        fisher,
+        samples,
+        seed,
+        sharing,
+        eigen_corrected,
+        rest,
+        dtype or risk.space.dtype,
+        gates,
+        prefix_batches(risk, prefix),
     )
     fit = Fit(risk, layers, uncovered, settings, mask, safe=checkpoint is not None)
     state = fitted(fit, checkpoint=checkpoint, save_every=save_every, progress=progress)

@@ -1,10 +1,14 @@
-"""Fits Kronecker factors and corrected eigenvalues: two passes over the data, batch by batch."""
+"""Fits Kronecker factors and corrected eigenvalues, batch by batch.
+
+In two passes over the data; or in one, with factors of a prefix
+(:mod:`curvlib.operators.kfac_prefix`).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,9 +17,12 @@ from curvlib.core.batch import Batch
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, Report, run
+from curvlib.operators.batch_examples import example_count
 from curvlib.operators.kfac_factors import factors, miscounted
 from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.kfac_prefix import replayed
 from curvlib.operators.kfac_rest import rest_rows
+from curvlib.operators.kfac_state import DONE, EIGENVALUES, FACTORS, FitSettings, FitState
 from curvlib.operators.kfac_sums import (
     Basis,
     EigenvalueSums,
@@ -28,64 +35,6 @@ from curvlib.operators.kfac_targets import Direction, directions
 from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass, Watcher
 from curvlib.operators.row_masks import Mask
-
-_FACTORS, _EIGENVALUES, _DONE = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What a fit depends on, beside the risk.
-
-    Attributes:
-        fisher: ``"type2"``, ``"mc"`` or ``"empirical"``.
-        samples: Sampled targets of each loss term.
-        seed: Of the samples.
-        sharing: ``"expand"`` or ``"reduce"``.
-        eigen_corrected: Whether there is a second pass, for corrected eigenvalues.
-        rest: ``"exclude"`` or ``"diagonal"``.
-        dtype: Type of the factors.
-        gates: ``"joint"`` or ``"separate"``.
-    """
-
-    fisher: str
-    samples: int
-    seed: int
-    sharing: str
-    eigen_corrected: bool
-    rest: str
-    dtype: torch.dtype
-    gates: str = "joint"
-
-
-@dataclass(frozen=True, eq=False)
-class FitState:
-    """A fit between two batches.
-
-    Attributes:
-        phase: The pass: 0 for factors, 1 for eigenvalues, 2 at the end.
-        batch: Batches of the pass that are done.
-        weight: Their weight.
-        sums: Sums of the pass.
-        counts: Rows of each factor.
-        calls: Calls of each layer's modules.
-        uses: Uses of each parameter, by function.
-        alone: Whether examples go through the model one by one.
-        bases: Eigenvectors, by ``"layer|left"`` and ``"layer|right"``.
-        values: Eigenvalues of each factor, by the same keys, float64.
-        uncovered: Why parameters are in no block.
-    """
-
-    phase: int
-    batch: int
-    weight: float
-    sums: dict[str, Tensor]
-    counts: dict[str, float]
-    calls: dict[str, int]
-    uses: dict[str, dict[str, int]]
-    alone: bool
-    bases: dict[str, Tensor]
-    values: dict[str, Tensor]
-    uncovered: dict[str, str]
 
 
 class Fit:
@@ -109,6 +58,8 @@ class Fit:
         self.safe = safe  # whether a step that fails leaves the state as it was
         self.like = torch.empty(0, dtype=settings.dtype, device=risk.space.device)
         self._stream: Iterator[Batch] | None = None
+        self._source: Iterator[Batch] | None = None  # of the data, and
+        self._held: list[Batch] = []  # what was read of it, where that is needed again
         self._at = (-1, -1)
         self._watcher: Watcher | None = None
         self._adder: EigenvalueSums | None = None
@@ -120,9 +71,11 @@ class Fit:
         sums = factor_sums(self.all_layers, self.like)
         calls = dict.fromkeys((layer.name for layer in self.all_layers), 0)
         return FitState(
-            phase=_FACTORS,
+            phase=FACTORS,
             batch=0,
             weight=0.0,
+            examples=0,
+            before=0,
             sums=sums.tensors,
             counts=sums.counts,
             calls=calls,
@@ -135,20 +88,25 @@ class Fit:
 
     def step(self, state: FitState) -> FitState:
         """One batch more."""
+        if state.phase == FACTORS and state.batch == self.settings.prefix:
+            return self._factorized(state)
         with self.risk.untouched():
             batch = self._next(state)
             if batch is not None:
                 return self._added(state, batch)
         self.total = state.batch
-        return self._factorized(state) if state.phase == _FACTORS else self._normalized(state)
+        return self._factorized(state) if state.phase == FACTORS else self._normalized(state)
 
     def report(self, state: FitState) -> Report:
         """What is done, in batches."""
-        passes = 2 if self.settings.eigen_corrected else 1
-        total = None if self.total is None else float(passes * self.total)
-        before = (self.total or 0) * min(state.phase, passes - 1)
-        done = total if state.phase == _DONE and total is not None else before + state.batch
-        return float(done), total, ("factors", "eigenvalues", "done")[state.phase]
+        own = self.settings
+        first = self.total if own.prefix is None else min(own.prefix, self.total or own.prefix)
+        total = None if self.total is None else self.total + (first or 0)
+        total = total if own.eigen_corrected else self.total
+        before = (first or 0) if own.eigen_corrected and state.phase != FACTORS else 0
+        done = total if state.phase == DONE and total is not None else before + state.batch
+        note = ("factors", "eigenvalues", "done")[state.phase]
+        return float(done), None if total is None else float(total), note
 
     def layers(self, state: FitState) -> list[FactoredLayer]:
         """The layers that are covered, as far as is known."""
@@ -160,9 +118,7 @@ class Fit:
 
     def _next(self, state: FitState) -> Batch | None:
         if self._stream is None or self._at != (state.phase, state.batch):
-            self._stream = self.risk.batches()
-            for _ in range(state.batch):
-                next(self._stream)
+            self._stream = self._from(state)
             self._watcher = Watcher(self.risk, self.layers(state), self.mask, alone=state.alone)
             self._watcher.calls = dict(state.calls)
             self._watcher.uses.counts = {name: dict(own) for name, own in state.uses.items()}
@@ -171,7 +127,19 @@ class Fit:
         self._at = (state.phase, state.batch + 1)
         if batch is None:
             self._stream = None
+        elif state.phase == FACTORS and self.settings.prefix is not None:
+            self._held.append(batch)
         return batch
+
+    def _from(self, state: FitState) -> Iterator[Batch]:
+        """Batches from that of a state on."""
+        if state.phase == EIGENVALUES and self._held and self._source is not None:
+            held, self._held = self._held, []
+            return replayed(held, self._source)
+        self._source = self.risk.batches()
+        skipped = [next(self._source) for _ in range(state.batch)]
+        self._held = skipped if state.phase == FACTORS and self.settings.prefix else []
+        return self._source
 
     def _added(self, state: FitState, batch: Batch) -> FitState:
         assert self._watcher is not None
@@ -181,7 +149,7 @@ class Fit:
         try:
             for one in self._watcher.passes(batch):
                 require_finite([use.x for use in one.uses], one, "inputs")
-                if state.phase == _FACTORS:
+                if state.phase == FACTORS:
                     self._add_factors(state, one, found)
                 else:
                     self._add_eigenvalues(state, one, found.tensors)
@@ -196,6 +164,7 @@ class Fit:
             state,
             batch=state.batch + 1,
             weight=state.weight + weight,
+            examples=state.examples + example_count(batch),
             counts=found.counts,
             calls=dict(self._watcher.calls),
             uses={name: dict(own) for name, own in self._watcher.uses.counts.items()},
@@ -258,6 +227,7 @@ class Fit:
             pair = None if reason else factors(layer, state.sums, state.counts, weight)
             if pair is None:
                 reason = reason or "no row of its inputs counts, or no gradient reaches it"
+                reason += "" if self.settings.prefix is None else " (in the prefix)"
                 uncovered.update(dict.fromkeys(layer.names, reason))
                 continue
             for side, factor in zip(("left", "right"), pair, strict=True):
@@ -277,9 +247,11 @@ class Fit:
         self._stream = None
         return replace(
             state,
-            phase=_EIGENVALUES if corrected else _DONE,
+            phase=EIGENVALUES if corrected else DONE,
             batch=0,
             weight=0.0,
+            examples=0,
+            before=state.examples,
             sums=corrected,
             bases=bases,
             values=values,
@@ -288,7 +260,26 @@ class Fit:
 
     def _normalized(self, state: FitState) -> FitState:
         weight = self._positive(state)
-        return replace(state, phase=_DONE, sums={k: v / weight for k, v in state.sums.items()})
+        sums = {k: v / weight for k, v in state.sums.items()}
+        return replace(state, phase=DONE, sums=sums, values=self._of_all(state))
+
+    def _of_all(self, state: FitState) -> dict[str, Tensor]:
+        """Eigenvalues of the factors of a prefix, scaled to all data where they are sums.
+
+        Raises:
+            ValueError: If a layer is used otherwise after the prefix.
+        """
+        if self.settings.prefix is None:
+            return state.values
+        for layer in self.layers(state):
+            reason = miscounted(layer, state.calls, state.uses)
+            if reason:
+                raise ValueError(
+                    f"after the prefix, layer {layer.name!r} is used otherwise: {reason}; fit "
+                    "without prefix=, or leave it out with params="
+                )
+        scale = state.examples / state.before if self.risk.loss.reduction == "sum" else 1.0
+        return {k: v * scale if k.endswith("|left") else v for k, v in state.values.items()}
 
     def _positive(self, state: FitState) -> float:
         if self.risk.loss.reduction == "sum":
@@ -317,7 +308,7 @@ def fitted(
         fit.init,
         fit.step,
         state_type=FitState,
-        done=lambda state: state.phase == _DONE,
+        done=lambda state: state.phase == DONE,
         report=fit.report,
         title="K-FAC",
         checkpoint=checkpoint,
