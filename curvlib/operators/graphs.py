@@ -14,12 +14,13 @@ changed, the graphs are built anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
@@ -144,16 +145,28 @@ def once_differentiable(outputs: Sequence[Tensor]) -> bool:
     Such a function puts a node that raises into the graph of its backward, without a path to the
     parameters: ``torch.autograd.grad`` leaves it out, and second derivatives silently lack it.
     """
-    stack = [t.grad_fn for t in outputs]
+    return any(
+        node.name().endswith("::Error") or node.name() == "Error" for node in _nodes(outputs)
+    )
+
+
+def reentrant(output: Tensor) -> bool:
+    """Whether a graph has parts under reentrant checkpointing.
+
+    Their own graph is built in the backward pass, so that ``torch.autograd.grad`` finds no path
+    to the parameters inside, and says nothing.
+    """
+    return any(node.name().startswith("CheckpointFunction") for node in _nodes([output]))
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Node]:
+    """The nodes of a graph."""
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        if node is None:
-            continue
-        if node.name().endswith("::Error") or node.name() == "Error":
-            return True
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return False

@@ -12,7 +12,7 @@ layers' outputs; the graph is then there still, and so this works with ``loss.ba
 
 A pass is handed over when its gradients have come and the next forward pass begins, or by
 :meth:`LayerRecorder.flush`. Up to 8 passes wait for theirs. Under ``torch.no_grad`` nothing is
-recorded. Examples lie along the first axis of the model's input and of the layers' inputs (or
+recorded, nor in reentrant checkpointing. Examples lie along the first axis of the model's input and of the layers' inputs (or
 folded into it, example after example); where that matters, :meth:`Recorded.aligned` says whether
 the shapes agree with it.
 """
@@ -227,7 +227,7 @@ class LayerRecorder:
 
     # --------------------------------------------------------------------- hooks
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not in_backward():
             self._open((args, kwargs))
 
     def _open(self, inputs: Any) -> _Pass:
@@ -282,7 +282,7 @@ class LayerRecorder:
         return slice(start, len(found.gradients))
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or not self._passes:
+        if not torch.is_grad_enabled() or not self._passes or in_backward():
             return
         found = self._passes[-1]
         if self.sampled or self.loss is not None:

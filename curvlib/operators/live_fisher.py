@@ -28,6 +28,7 @@ from torch import Tensor
 from curvlib.core.loss import Loss
 from curvlib.operators.labels import label_scores
 from curvlib.operators.live_likelihood import Likelihood, likelihoods
+from curvlib.operators.live_loss import require_whole
 
 #: Returns numbers in (0, 1) of shape ``[1, *shape]`` for a shape.
 Uniform = Callable[[torch.Size], Tensor]
@@ -55,7 +56,7 @@ def sampled_root(
 
     Raises:
         ValueError: If the loss is no linear combination of known likelihoods.
-        RuntimeError: If the graph was freed.
+        RuntimeError: If the graph was freed, or is checkpointed the reentrant way.
 
     Example:
         >>> from curvlib.operators.labels import SampledLabels
@@ -88,6 +89,7 @@ def sampled_root(
         allow_unused=True,
     )
     found_parts: list[Tensor | None] = [*parts]  # torch does not say that some may be None
+    require_whole(loss, found_parts)
     return [None if part is None else _wide(part) for part in found_parts]
 
 

@@ -13,13 +13,15 @@ reference cycle, which ``loss.backward(create_graph=True)`` leaves behind.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from curvlib.operators.graphs import once_differentiable
+from curvlib.operators.graphs import once_differentiable, reentrant
 
 
 def require_live(loss: object, origin: str = "the loss") -> Tensor:
@@ -59,12 +61,8 @@ def accumulate_gradient(loss: Tensor) -> None:
     Raises:
         RuntimeError: If the graph was freed before; the message says what to do.
     """
-    try:
+    with _explaining():
         loss.backward()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise _explained(error) from error
 
 
 def gradient(
@@ -81,7 +79,8 @@ def gradient(
         For each parameter a tensor of its shape, or ``None`` where the loss does not use it.
 
     Raises:
-        RuntimeError: If the graph was freed before; the message says what to do.
+        RuntimeError: If the graph was freed before, or has parts under reentrant checkpointing;
+            the message says what to do.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -90,12 +89,28 @@ def gradient(
     """
     if not params:
         return []
-    try:
-        return list(torch.autograd.grad(loss, params, retain_graph=keep_graph, allow_unused=True))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise _explained(error) from error
+    with _explaining():
+        found = torch.autograd.grad(loss, params, retain_graph=keep_graph, allow_unused=True)
+    require_whole(loss, found)
+    return list(found)
+
+
+def require_whole(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
+    """Raises if gradients are absent since parts of the graph are built in the backward pass.
+
+    Args:
+        loss: Where the graph begins.
+        gradients: Of some parameters.
+
+    Raises:
+        RuntimeError: If there is reentrant checkpointing in the graph.
+    """
+    if any(g is None for g in gradients) and reentrant(loss):
+        raise RuntimeError(
+            "parts of the model are under reentrant checkpointing, where gradients are known to "
+            "loss.backward() alone; use torch.utils.checkpoint.checkpoint(..., "
+            "use_reentrant=False)"
+        )
 
 
 def gradient_and_products(
@@ -105,6 +120,7 @@ def gradient_and_products(
     *,
     keep_graph: bool = False,
     verify: bool = True,
+    scale: float = 1.0,
 ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
     """The gradient of a live loss, and its Hessian times vectors.
 
@@ -117,6 +133,9 @@ def gradient_and_products(
         verify: Whether the graph is searched for functions marked ``@once_differentiable``, whose
             second derivatives PyTorch leaves out silently (some microseconds per operation; the
             first batch of a training run is enough).
+        scale: What the loss was multiplied by. Products are those of the loss without it; in
+            between, they are multiplied by its root, since with all of it half precision
+            overflows sooner than the gradient does.
 
     Returns:
         The gradient (one tensor per parameter, detached; ``None`` where the loss does not use it),
@@ -125,7 +144,8 @@ def gradient_and_products(
 
     Raises:
         RuntimeError: If an operation has no second derivative, or the graph was freed or its
-            tensors changed; the message names it and the way out.
+            tensors changed, or parts of it are checkpointed the reentrant way; the message names
+            it and the way out.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -134,32 +154,29 @@ def gradient_and_products(
     """
     if not params:
         return [], [[] for _ in vectors]
-    try:
-        with torch.enable_grad():
-            first: Sequence[Tensor | None] = torch.autograd.grad(
-                loss, params, create_graph=True, allow_unused=True
-            )
-            live = [
-                (i, _dense(g)) for i, g in enumerate(first) if g is not None and g.requires_grad
-            ]
-        if verify:
-            _require_second([g for _, g in live])
-        products: list[list[Tensor | None]] = []
-        for k, vector in enumerate(vectors):
-            parts: Sequence[Tensor | None] = [None] * len(params)
-            if live:  # else the loss is linear in the parameters
+    factor = 2.0 ** -round(0.5 * math.log2(scale))
+    with _explaining(second=True), torch.enable_grad():
+        first: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, params, create_graph=True, allow_unused=True
+        )
+        live = [(i, _dense(g)) for i, g in enumerate(first) if g is not None and g.requires_grad]
+    require_whole(loss, first)
+    if verify:
+        _require_second([g for _, g in live])
+    products: list[list[Tensor | None]] = []
+    for k, vector in enumerate(vectors):
+        parts: Sequence[Tensor | None] = [None] * len(params)
+        if live:  # else the loss is linear in the parameters
+            with _explaining(second=True):
                 parts = torch.autograd.grad(
                     [g for _, g in live],
                     params,
-                    [vector[i].to(g.dtype) for i, g in live],
+                    [_times(vector[i].to(g.dtype), factor) for i, g in live],
                     retain_graph=keep_graph or k + 1 < len(vectors),
                     allow_unused=True,
                 )
-            products.append([None if p is None else _dense(p).detach() for p in parts])
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise _explained(error) from error
+        own = [None if p is None else _dense(p).detach() for p in parts]
+        products.append([None if p is None else _times(p, 1.0 / (scale * factor)) for p in own])
     gradients = [None if g is None else _dense(g.detach()) for g in first]
     return gradients, products
 
@@ -174,15 +191,39 @@ def _require_second(gradients: Sequence[Tensor]) -> None:
         )
 
 
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else tensor * factor
+
+
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
 
 
-def _explained(error: RuntimeError) -> RuntimeError:
+@contextmanager
+def _explaining(*, second: bool = False) -> Iterator[None]:
+    """Turns PyTorch's errors into ones that say what to do.
+
+    Errors of other kinds go on as they are, or (``second``) are said to be of second derivatives.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        told = _explained(str(error))
+        if told is None and second:
+            told = RuntimeError(
+                f"the gradient of the loss cannot be differentiated again: {error}; find the "
+                "operation with torch.autograd.set_detect_anomaly(True), or use an optimizer that "
+                "needs first derivatives only (M-FAC, K-FAC, MKOR)"
+            )
+        if told is None:
+            raise
+        raise told from error
+
+
+def _explained(text: str) -> RuntimeError | None:
     """The error that says which operation has no second derivative, and the way out."""
-    text = str(error)
-    if "@once_differentiable" in text:
-        return error
     if "second time" in text or "already been freed" in text:
         return RuntimeError(
             "the graph of the loss was freed before: backward() was called on it already; pass the "
@@ -208,11 +249,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
             f"the operation {operation!r} in the graph of the loss has no double backward, which "
             f"Hessian products need; {_way_out(operation)}"
         )
-    return RuntimeError(
-        f"the gradient of the loss cannot be differentiated again: {text}; find the operation with "
-        "torch.autograd.set_detect_anomaly(True), or use an optimizer that needs first derivatives "
-        "only (M-FAC, K-FAC, MKOR)"
-    )
+    return None
 
 
 def _way_out(operation: str) -> str:

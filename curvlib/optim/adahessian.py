@@ -136,6 +136,7 @@ class AdaHessian(CurvatureOptimizer):
             vectors,
             keep_graph=self.keep_graph,
             verify=not self._verified,
+            scale=scale,
         )
         self._verified = True
         replicas = self.replicas
@@ -144,7 +145,7 @@ class AdaHessian(CurvatureOptimizer):
                 continue  # other ranks may use what this one does not
             for k in range(self.probes):
                 seen = products[k][n]
-                part = torch.zeros_like(p) if seen is None else seen / (scale * replicas)
+                part = torch.zeros_like(p) if seen is None else seen / replicas
                 name = f"{i}.{k}"
                 if self.estimand == "diagonal":  # linear, so that one sum is enough
                     part = block_means(part * vectors[k][n], group["block_size"]) / self.probes

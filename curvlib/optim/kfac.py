@@ -275,7 +275,8 @@ class KFAC(CurvatureOptimizer):
     def _missing(self) -> None:
         raise RuntimeError(
             "KFAC has no curvature yet: no layer of the model that it was given was called with "
-            "gradients since; call that model (or its layers), not a copy and not compiled"
+            "gradients since; call that model (or its layers), not a copy, not compiled, "
+            "and checkpointed with use_reentrant=False if at all"
         )
 
     def _gradients(self) -> Gradients:

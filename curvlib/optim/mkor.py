@@ -289,7 +289,8 @@ class MKOR(CurvatureOptimizer):
     def _missing(self) -> None:
         raise RuntimeError(
             "MKOR has no curvature yet: no layer of the model that it was given was called with "
-            "gradients since; call that model (or its layers), not a copy and not compiled"
+            "gradients since; call that model (or its layers), not a copy, not compiled, "
+            "and checkpointed with use_reentrant=False if at all"
         )
 
     def _gradients(self) -> Gradients:

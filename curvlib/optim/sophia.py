@@ -154,6 +154,7 @@ class Sophia(CurvatureOptimizer):
             vectors,
             keep_graph=self.keep_graph,
             verify=not self._verified,
+            scale=scale,
         )
         self._verified = True
         for n, (i, p, group) in enumerate(members):
@@ -161,7 +162,7 @@ class Sophia(CurvatureOptimizer):
             for product, vector in zip(products, vectors, strict=True):
                 seen = product[n]
                 if seen is not None:
-                    total += vector[n] * (seen / scale)
+                    total += vector[n] * seen
             sign = -1.0 if group["maximize"] else 1.0
             self._add(f"{i}", total * (sign / (self.probes * self.replicas)))
         return gradients

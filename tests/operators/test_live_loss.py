@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from curvlib.operators.live_loss import (
     accumulate_gradient,
@@ -208,3 +209,28 @@ def test_losses_that_are_none() -> None:
         with pytest.raises(error, match=text):
             require_live(loss)
     assert require_live(w.sum().view(1)).shape == (1,)
+
+
+@pytest.mark.parametrize("exponent", [1, 4, 17, 40])
+def test_products_are_those_of_the_loss_without_its_scale(exponent: int) -> None:
+    scale, w = 2.0**exponent, torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
+    z = torch.tensor([1.0, -3.0], dtype=F64)
+    loss = (w**3).sum() + w.prod() ** 2
+    hessian = torch.autograd.functional.hessian(lambda v: (v**3).sum() + v.prod() ** 2, w.detach())
+    (g,), ((product,),) = gradient_and_products(scale * loss, [w], [[z]], scale=scale)
+    torch.testing.assert_close(product, hessian @ z, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(g / scale, 3 * w.detach() ** 2 + 2 * 2 * torch.tensor([2.0, 1.0]))
+
+
+def test_reentrant_checkpointing_is_named_where_it_hides_gradients() -> None:
+    w, v = (torch.ones(2, requires_grad=True) for _ in range(2))
+
+    def loss(*, reentrant: bool) -> Tensor:
+        x = torch.ones(2, requires_grad=True)
+        return (checkpoint(lambda x: (w * x).sin(), x, use_reentrant=reentrant) * v).sum()
+
+    gradient(loss(reentrant=False), [w, v])
+    gradient(loss(reentrant=True), [v])  # which is outside
+    for call in (gradient, lambda loss, own: gradient_and_products(loss, own, [own])):
+        with pytest.raises(RuntimeError, match="reentrant checkpointing.*use_reentrant=False"):
+            call(loss(reentrant=True), [w, v])

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests import models
 from tests.optim import replicas
@@ -369,6 +370,67 @@ def test_bfloat16_autocast(case: OptimizerCase) -> None:
     assert losses[-1] < losses[0]
     assert opt.skipped == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@each
+def test_float16_autocast_with_its_scaler(case: OptimizerCase) -> None:
+    model = net(torch.float32)
+    opt = case.build(model, None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # too large at first
+    data, lowered, losses = batches(1, dtype=torch.float32) * 20, 0, []
+    for batch in data:
+        opt.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, batch)
+        before = scaler.get_scale()
+        opt.backward(scaler.scale(loss), scale=before)
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(opt)
+        scaler.update()
+        lowered += scaler.get_scale() < before
+        losses.append(float(loss.detach()))
+    assert lowered > 0
+    assert opt.clock.steps == len(data) - lowered  # curvature overflows no sooner than gradients
+    assert opt.skipped == 0
+    assert losses[-1] < losses[0]
+
+
+@each
+@pytest.mark.parametrize("whole", [True, False])
+def test_checkpointed_activations(case: OptimizerCase, whole: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self, reentrant: bool | None) -> None:
+            super().__init__()
+            self.body, self.reentrant = net(), reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            if whole or self.reentrant is None:
+                return self.body(x)
+            return self.body[2](checkpoint(self.body[:2], x, use_reentrant=self.reentrant))
+
+    def steps(reentrant: bool | None) -> list[Tensor]:
+        model = Model(reentrant)
+        opt = case.build(model, None)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            if whole and reentrant is not None:
+                return F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), y)
+            return F.cross_entropy(model(x), y)
+
+        for x, y in batches(4):
+            x.requires_grad_(bool(reentrant))
+            opt.step(lambda x=x, y=y: loss(x, y))
+        return weights(model)
+
+    assert distance(steps(False), steps(None)) < case.tolerance
+    message = ""
+    try:
+        found = steps(True)
+    except RuntimeError as error:
+        found, message = [], str(error)
+    assert found or "use_reentrant=False" in message
+    assert all(distance([a], [b]) > 0 for a, b in zip(found, weights(net()), strict=False))
 
 
 @each
