@@ -1,0 +1,219 @@
+"""Steps and seconds to AdamW's final loss: every optimizer tuned alike.
+
+Each has seven learning rates, a factor of ``10 ** (1 / 3)`` apart, and takes the one whose final
+loss (mean of the last three evaluations) is the least on the tuning seed. It is then run on other
+seeds. The goal is the median of AdamW's final losses over those; steps and seconds are those of the
+first evaluation at which a run is at or below it. Everything else is at documented defaults, but
+for what ``settings`` says: momentum 0.9 and no weight decay for all, and a few settings of ours
+that were chosen from two to six values on the tuning seed, for each task.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import torch
+from optimizer_tasks import Run, Task, attention, train
+from torch import nn
+
+from curvlib.optim.adahessian import AdaHessian
+from curvlib.optim.kfac import KFAC
+from curvlib.optim.mfac import MFAC
+from curvlib.optim.mkor import MKOR
+from curvlib.optim.sophia import Sophia
+
+TUNING_SEED = 100
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer.
+
+    Attributes:
+        make: Of a model, learning rate, task and settings.
+        lowest: Exponent (in thirds of a decade) of the lowest learning rate, by task.
+        settings: That are not defaults, for all tasks (``""``) and by task.
+        ours: Whether it is curvlib's.
+    """
+
+    make: Callable[[nn.Module, float, Task, Settings], torch.optim.Optimizer]
+    lowest: dict[str, int]
+    settings: dict[str, Settings]
+    ours: bool = True
+
+    def of(self, task: Task) -> Settings:
+        return self.settings.get("", {}) | self.settings.get(task.name, {})
+
+    def rates(self, task: Task) -> list[float]:
+        """Seven of them."""
+        first = self.lowest.get(task.name, self.lowest[""])
+        return [float(f"{10.0 ** ((first + i) / 3.0):.3g}") for i in range(7)]
+
+
+def _kfac(model: nn.Module, lr: float, task: Task, more: Settings) -> KFAC:
+    if task.likelihood is not None:
+        more = {"fisher": "mc", "loss": task.likelihood, **more}
+    return KFAC(model, lr=lr, **more)
+
+
+def _sophia(model: nn.Module, lr: float, task: Task, more: Settings) -> Sophia:
+    own = "hutchinson" if task.likelihood is None else "gauss_newton"
+    return Sophia(model.parameters(), lr, estimator=own, weight_decay=0.0, **more)
+
+
+FACTORS: dict[str, Settings] = {
+    "": {"factor_interval": 5, "inverse_interval": 20, "damping": 0.01, "kl_clip": 0.001},
+    "autoencoder": {"damping": 0.003, "kl_clip": 0.0003},
+    "hedging": {"damping": 0.1, "kl_clip": 0.01},
+}
+METHODS: dict[str, Method] = {
+    "SGD": Method(
+        lambda m, lr, t, more: torch.optim.SGD(m.parameters(), lr, **more),
+        {"": -6, "autoencoder": -3},
+        {"": {"momentum": 0.9}},
+        ours=False,
+    ),
+    "AdamW": Method(
+        lambda m, lr, t, more: torch.optim.AdamW(m.parameters(), lr, **more),
+        {"": -10, "hedging": -8},
+        {"": {"weight_decay": 0.0}},
+        ours=False,
+    ),
+    "AdaHessian": Method(
+        lambda m, lr, t, more: AdaHessian(m.parameters(), lr, **more),
+        {"": -6},
+        {},
+    ),
+    "AdaHessian, 10": Method(
+        lambda m, lr, t, more: AdaHessian(m.parameters(), lr, **more),
+        {"": -6},
+        {"": {"interval": 10}},
+    ),
+    "Sophia": Method(
+        _sophia,
+        {"": -10},
+        {"": {"rho": 0.3, "correct_bias": True}},
+    ),
+    "M-FAC": Method(
+        lambda m, lr, t, more: MFAC(m.parameters(), lr, **more),
+        {"": -6, "autoencoder": -3},
+        {"": {"size": 64}},
+    ),
+    "K-FAC": Method(_kfac, {"": -5}, FACTORS),
+    "E-KFAC": Method(
+        _kfac, {"": -5}, {k: more | {"eigen_corrected": True} for k, more in FACTORS.items()}
+    ),
+    "MKOR": Method(
+        lambda m, lr, t, more: MKOR(m, lr=lr, **more),
+        {"": -10},
+        {},
+    ),
+}
+
+
+def compare(
+    task: Task, names: list[str], seeds: int, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of one task; those of AdamW that are known give the goal where it is not run."""
+    chosen: dict[str, tuple[float, dict[float, float], list[Run]]] = {}
+    with attention():
+        for name in sorted(names, key=lambda n: n != "AdamW"):  # the goal is known first
+            chosen[name] = tuned(task, METHODS[name], seeds)
+            lr, tried, runs = chosen[name]
+            print(
+                f"  {task.name:12} {name:16} lr {lr:<8g} {ranged([r.final for r in runs])}"
+                f"   tried {' '.join(f'{v:.4g}' for v in tried.values())}",
+                flush=True,
+            )
+    if "AdamW" in chosen:
+        goal = statistics.median(run.final for run in chosen["AdamW"][2])
+    else:
+        goal = next(row["goal"] for row in known if row["method"] == "AdamW")
+    return [row(task, name, goal, *chosen[name]) for name in METHODS if name in chosen]
+
+
+def tuned(task: Task, method: Method, seeds: int) -> tuple[float, dict[float, float], list[Run]]:
+    """The best rate, final losses on the tuning seed by rate, and runs at the best rate."""
+    more = method.of(task)
+
+    def run(lr: float, seed: int) -> Run:
+        return train(task, lambda model: method.make(model, lr, task, more), seed)
+
+    tried = {lr: run(lr, TUNING_SEED).final for lr in method.rates(task)}
+    best = min(tried, key=lambda lr: tried[lr])
+    return best, tried, [run(best, seed) for seed in range(seeds)]
+
+
+def row(
+    task: Task, name: str, goal: float, lr: float, tried: dict[float, float], runs: list[Run]
+) -> dict[str, Any]:
+    reached = [run.reached(goal) for run in runs]
+    rates = list(tried)
+    said = {
+        key: type(value).__name__ if isinstance(value, nn.Module) else value
+        for key, value in METHODS[name].of(task).items()
+    }
+
+    def to_goal(values: Callable[[Run], list[float]]) -> list[float | None]:
+        """Median, least and most; ``None`` for runs that do not get there."""
+        found = [
+            math.inf if i is None else values(r)[i] for r, i in zip(runs, reached, strict=True)
+        ]
+        spread = statistics.median(found), min(found), max(found)
+        return [round(v, 4) if math.isfinite(v) else None for v in spread]
+
+    finals = [run.final for run in runs]
+    spread = statistics.median(finals), min(finals), max(finals)
+    return {
+        "part": "loss",
+        "task": task.name,
+        "data": task.data,
+        "method": name,
+        "settings": said,
+        "lr": lr,
+        "at the end of the grid": lr in (rates[0], rates[-1]),
+        "rates": rates,
+        "tuning losses": [float(f"{v:.4g}") if math.isfinite(v) else None for v in tried.values()],
+        "final loss": [float(f"{v:.4g}") if math.isfinite(v) else None for v in spread],
+        "goal": float(f"{goal:.6g}"),
+        "reached": sum(i is not None for i in reached),
+        "seeds": len(runs),
+        "steps": to_goal(lambda r: [float(task.every * i) for i in range(len(r.losses))]),
+        "of steps": task.steps,
+        "seconds": to_goal(lambda r: r.seconds),
+        "processor seconds": to_goal(lambda r: r.work),
+        "ms a step": round(1e3 * statistics.median(r.work[-1] for r in runs) / task.steps, 3),
+    }
+
+
+def ranged(values: list[float]) -> str:
+    return f"{statistics.median(values):.5f} ({min(values):.5f} to {max(values):.5f})"
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """A table; ranges in brackets."""
+
+    def three(values: list[float | None], spec: str) -> str:
+        middle, low, high = ("-" if v is None else format(v, spec) for v in values)
+        return f"{middle} ({low}-{high})"
+
+    lines = [
+        {
+            "task": r["task"],
+            "method": r["method"],
+            "lr": f"{r['lr']:g}" + (" (end)" if r["at the end of the grid"] else ""),
+            "final loss": three(r["final loss"], ".4g"),
+            "steps to AdamW's": three(r["steps"], ".0f"),
+            "seconds": three(r["seconds"], ".2f"),
+            "processor s": three(r["processor seconds"], ".2f"),
+            "ms a step": f"{r['ms a step']:.2f}",
+        }
+        for r in rows
+    ]
+    return common.table(lines, dict.fromkeys(lines[0], ""))
