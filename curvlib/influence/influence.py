@@ -37,12 +37,11 @@ from curvlib.influence.preconditioner import preconditioner, required_damping
 from curvlib.influence.queries import fitting_directions, query_risk, risk_on
 from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
 from curvlib.influence.scan import Scan, ScanState, inverse
-from curvlib.operators.example_scores import example_gradients_by_layers, example_scores
+from curvlib.influence.self_scores import self_products
+from curvlib.operators.example_scores import example_scores
 
 _UNITS = ("inner_product", "nats")
 _NORMALIZE = (None, "self", "gradient")
-#: Bytes that gradients of examples may take for self-influence.
-MEMORY = 2**28
 
 
 class Influence:
@@ -257,9 +256,7 @@ class Influence:
             train: Other examples than the training data: batches, or a risk.
         """
         risk = risk_on(self.risk, train)
-        each = risk.space.size * risk.space.dtype.itemsize
-        rows = example_gradients_by_layers(risk, block=max(1, MEMORY // max(1, 3 * each)))
-        found = [self.preconditioner.squares(part).cpu() for part in rows]
+        found = [part.cpu() for part in self_products(risk, self.preconditioner)]
         return SelfInfluence(scores=torch.cat(found) * self._factor, **self._provenance(None))
 
     def top(

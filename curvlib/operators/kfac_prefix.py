@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import batch_count
@@ -37,25 +38,26 @@ def prefix_batches(risk: Risk, prefix: float | None) -> int | None:
     """
     if prefix is None:
         return None
-    if isinstance(prefix, bool) or not isinstance(prefix, (int, float)):
-        kind = type(prefix).__name__
+    value: Any = prefix
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        kind = type(value).__name__
         raise TypeError(f"prefix= is a number of batches or a fraction, got {kind}")
     total = batch_count(risk.data if risk.in_memory is None else risk.in_memory)
-    if isinstance(prefix, float):
-        if not 0.0 < prefix <= 1.0:
+    if isinstance(value, float):
+        if not 0.0 < value <= 1.0:
             raise ValueError(
-                f"a fraction prefix= is above 0 and at most 1, got {prefix}; a number of batches "
+                f"a fraction prefix= is above 0 and at most 1, got {value}; a number of batches "
                 "is an int"
             )
         if total is None:
             raise ValueError(
-                f"prefix={prefix} is a fraction of the batches, but the data does not say how many "
+                f"prefix={value} is a fraction of the batches, but the data does not say how many "
                 "there are; pass a number of batches, an int"
             )
-        prefix = math.ceil(prefix * total)
-    elif prefix < 1:
-        raise ValueError(f"prefix= is at least 1 batch, got {prefix}")
-    return None if total is not None and prefix >= total else prefix
+        value = math.ceil(value * total)
+    elif value < 1:
+        raise ValueError(f"prefix= is at least 1 batch, got {value}")
+    return None if total is not None and value >= total else value
 
 
 def replayed(held: list[Batch], others: Iterator[Batch]) -> Iterator[Batch]:
