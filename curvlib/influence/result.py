@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +142,47 @@ class TopInfluence(Result):
         """Draws the histogram of a sample of one query's scores, with what was kept above it."""
         kept = torch.cat([self.scores[query], self.bottom_scores[query]])
         return _histogram(self.sample[query], kept, self.unit, query, ax)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        queries: Any = None,
+        train: Any = None,
+        query_captions: Any = None,
+        captions: Any = None,
+        title: str = "Influence",
+        shown: int = 10,
+        provenance: Mapping[str, Any] | None = None,
+        date: str | None = None,
+    ) -> Path:
+        """Writes a page that shows proponents and opponents to a person: one file, no network.
+
+        Each of the four contents is a sequence in the order of the data, a mapping of numbers, or
+        a function of the number.
+
+        Args:
+            path: The file, such as ``"influence.html"``.
+            queries: What the queries are: strings, lists of strings (tokens), images (``[H, W]``,
+                ``[C, H, W]`` or ``[H, W, C]``), or numbers.
+            train: What the training examples are. Tokens are shaded by their parts of the score
+                where they are as many as ``per_token`` has; so are the characters of a string.
+            query_captions: A line on each query: its label, what the model said.
+            captions: A line on each training example.
+            title: The heading.
+            shown: Proponents and opponents of each query that are shown; the rest is listed.
+            provenance: More lines for the table at the end, by name.
+            date: When it was made; now when omitted.
+
+        Raises:
+            OSError: If the file cannot be written.
+            TypeError: If the content of an example is none that can be shown.
+            ValueError: If one is missing, or ``shown`` is not positive.
+        """
+        from curvlib.influence.page import Contents, Page
+
+        contents = Contents(queries, train, query_captions, captions)
+        return Page(self, contents, title, shown, provenance or {}, date).write(path)
 
 
 def _histogram(
