@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from curvlib.cli.target import converted, load
+from curvlib.cli.target import converted, load, load_object
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.demo import digits
@@ -262,6 +262,13 @@ def _seeded(target: str, seed: int) -> Risk:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
         return load(target)
+
+
+def seeded_object(target: str, seed: int, *, option: str, form: str) -> Any:
+    """Loads what an option names, with the generator as for TARGET."""
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(seed)
+        return load_object(target, option=option, form=form)
 
 
 def _short_name(target: str | None) -> str:

@@ -36,9 +36,29 @@ def load(target: str) -> Risk:
         TargetError: If there is no such file, module or name, if the user's code raises, or if
             what it gives is no :class:`Risk`. The user's exception is the cause.
     """
+    value = load_object(target)
+    if not isinstance(value, Risk):
+        raise TargetError(
+            f"{target} is of type {type(value).__name__}, no curvlib.Risk; "
+            "return curvlib.Risk(model, loss, data)"
+        )
+    return value
+
+
+def load_object(target: str, *, option: str = "TARGET", form: str = _FORM) -> Any:
+    """What a TARGET names: an object, or what a function without arguments returns.
+
+    Args:
+        target: ``file.py:name`` or ``package.module:name``.
+        option: What the user calls it.
+        form: What is expected.
+
+    Raises:
+        TargetError: If there is no such file, module or name, or if the user's code raises.
+    """
     place, colon, name = target.rpartition(":")
     if not (colon and place and name.isidentifier()):
-        raise TargetError(f"TARGET {target!r} names nothing: {_FORM}")
+        raise TargetError(f"{option} {target!r} names nothing: {form}")
     module = _from_file(place) if _is_path(place) else _from_module(place)
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
@@ -47,11 +67,6 @@ def load(target: str) -> Risk:
     value = getattr(module, name)
     if callable(value) and not isinstance(value, (Risk, nn.Module)):
         value = _guard(value, f"{name}() of {place}")
-    if not isinstance(value, Risk):
-        raise TargetError(
-            f"{target} is of type {type(value).__name__}, no curvlib.Risk; "
-            "return curvlib.Risk(model, loss, data)"
-        )
     return value
 
 
@@ -80,6 +95,13 @@ def converted(
         reduction=risk.given_reduction,
         params=[twins[id(p)] for p in risk.params.values()],
     )
+
+
+def converted_data(data: Any, *, dtype: torch.dtype | None, device: torch.device | None) -> Any:
+    """Batches of another type or on another device, converted as they come."""
+    to = functools.partial(_convert, dtype=dtype, device=device)
+    held = isinstance(data, (Tensor, Mapping, list, tuple))
+    return to(data) if held else _Converted(data, to)
 
 
 class _Converted:

@@ -99,9 +99,9 @@ def histogram_svg(found: Histogram, label: str, unit: str) -> str:
         unit: Words below the axis.
     """
     largest = max(float(found.counts.max()), 1.0)
-    decades = math.ceil(math.log10(largest)) or 1
+    decades = math.floor(math.log10(largest))
     floor = math.log10(0.6)  # below one example
-    span = decades - floor
+    span = max(math.log10(largest), 0.5) - floor
     plot, bottom = _HEIGHT - _BOTTOM - _TOP, _HEIGHT - _BOTTOM
     low, high = float(found.edges[0]), float(found.edges[-1])
 

@@ -62,6 +62,8 @@ rect.all { fill: var(--mid); }
 rect.up { fill: rgb(var(--up)); }
 rect.down { fill: rgb(var(--down)); }
 ol.cards { list-style: none; margin: 0; padding: 0; display: grid; gap: .6rem; }
+figcaption { margin-top: .45rem; }
+.tiles .head { flex-direction: column; }
 ol.tiles { grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .5rem .65rem; min-width: 0; }
