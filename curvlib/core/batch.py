@@ -160,3 +160,30 @@ def misread_mean(batch: Batch, output: Any, value: Tensor) -> str | None:
         "if it sums, or weight=lambda batch: <number of loss terms> if it averages over "
         "something else (tokens, unmasked targets)"
     )
+
+
+def misread_sum(batch: Batch, output: Any, value: Tensor) -> str | None:
+    """Whether a function that is said to be a sum over examples is none, as one batch can tell.
+
+    Returns:
+        What is wrong and what to do, or ``None``, also where the batch cannot be split.
+    """
+    loss, target, n = batch.risk.loss, batch.target, batch.examples
+    fits = isinstance(target, Tensor) and isinstance(output, Tensor) and output.ndim > 0
+    if n < 2 or not fits or output.shape[0] != n:
+        return None
+    half = n // 2
+    with torch.no_grad():
+        try:
+            a = float(loss.function(output[:half], target[:half]))
+            b = float(loss.function(output[half:], target[half:]))
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None  # it is of whole batches alone
+    eps = torch.finfo(output.dtype).eps if output.dtype.is_floating_point else 1e-7
+    if abs(a + b - float(value)) <= 10.0 * eps**0.5 * (abs(a) + abs(b) + abs(float(value))):
+        return None
+    return (
+        f"{loss.describe()} is not a sum over examples: it gives batch {batch.index} "
+        f"{float(value):.6g}, but its halves add up to {a + b:.6g}; return the sum (a mean times "
+        "the number of examples)"
+    )

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def require_order(data: Any) -> None:
+    """Raises ValueError if a loader shuffles: scores are of examples by their numbers."""
+    holders = (data, getattr(data, "batch_sampler", None))
+    samplers = [getattr(holder, "sampler", None) for holder in holders]
+    found = [type(sampler).__name__ for sampler in samplers if isinstance(sampler, _RANDOM)]
+    if found:
+        raise ValueError(
+            f"the loader draws examples in random order ({found[0]}), another one at every pass, "
+            "so that their numbers mean nothing; pass DataLoader(..., shuffle=False)"
+        )
+
+
+def require_enough(k: int, bottom: int, examples: int | None) -> None:
+    """Raises ValueError if more examples are asked for than there are, where that is known."""
+    if examples is not None and max(k, bottom) > examples:
+        raise ValueError(
+            f"{max(k, bottom)} examples were asked for, but there are only {examples} to score; "
+            "pass a smaller k= (and bottom=), or more data"
+        )
 
 
 def opponents(k: int, bottom: int | None) -> int:

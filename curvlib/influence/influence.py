@@ -30,7 +30,7 @@ from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
 from curvlib.core.space import ParamSelection
-from curvlib.influence.arguments import numbers, opponents
+from curvlib.influence.arguments import numbers, opponents, require_enough
 from curvlib.influence.directions import Directions, direction_parts
 from curvlib.influence.kept import kept, top_influence
 from curvlib.influence.preconditioner import preconditioner, required_damping
@@ -39,6 +39,7 @@ from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopIn
 from curvlib.influence.scan import Scan, ScanState, inverse
 from curvlib.influence.self_scores import self_products
 from curvlib.operators.example_scores import example_scores
+from curvlib.operators.known_examples import known_examples
 
 _UNITS = ("inner_product", "nats")
 _NORMALIZE = (None, "self", "gradient")
@@ -50,7 +51,7 @@ class Influence:
     Args:
         model: The model; left as it is. Put it into ``eval()`` mode.
         loss: Its loss: see :class:`curvlib.Risk`.
-        train_data: Batches that can be iterated again.
+        train_data: Batches that can be iterated again, in the same order: not shuffled.
         curvature: ``"ekfac"`` (the default), ``"kfac"``, ``"diagonal"``, ``"identity"``, or an
             operator: a fitted :class:`curvlib.KFAC` of the same model and data, or any with as many
             rows as there are parameters (by its ``solve``, else by conjugate gradients).
@@ -71,7 +72,9 @@ class Influence:
         progress: Whether to show bars: see :data:`curvlib.core.run.Progress`.
 
     Attributes:
-        risk: The training data's risk, of the parameters that scores are about.
+        risk: The training data's risk, of the parameters that scores are about. Those that no
+            gradient of the training data reaches (a layer that is never called, an expert that
+            gets no token) are left out: they change no score.
         preconditioner: The damped inverse curvature.
         unit: The unit of scores.
 
@@ -311,6 +314,8 @@ class Influence:
         below = opponents(k, bottom)
         only = numbers(chosen)
         risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
+        in_memory = None if risk.in_memory is None else known_examples(risk)
+        require_enough(k, below, in_memory if only is None else len(only))
         own = self.preconditioner
         directions = fitting_directions(queries, self.risk, own, query_reduction, rank, tolerance)
         again = rescore and (rank is not None or tolerance is not None)
@@ -338,11 +343,7 @@ class Influence:
             save_every=save_every,
             progress=self.progress,
         )
-        if max(k, below) > state.examples:
-            raise ValueError(
-                f"{max(k, below)} examples were asked for, but only {state.examples} were scored; "
-                "pass a smaller k= (and bottom=), or more data"
-            )
+        require_enough(k, below, state.examples)
         parts: Iterator[Directions] = iter([directions])
         if again:
             parts = direction_parts(queries, own, reduction=query_reduction)

@@ -102,6 +102,7 @@ def preconditioner(
     value = DAMPING if damping is None else required_damping(damping)
     if curvature is None or isinstance(curvature, str):
         found = _fitted(risk, curvature or NAMES[0], fit, progress)
+        risk, found = _reached(risk, found)
         return risk, Preconditioner(found, value, relative)
     if not isinstance(curvature, LinearOperator):
         raise TypeError(
@@ -112,7 +113,7 @@ def preconditioner(
         raise ValueError(f"fit= is for curvature by name, got an operator and fit={dict(fit)}")
     if damping is None and hasattr(curvature, "damping_used"):
         value = 0.0
-    risk, curvature = _matched(risk, curvature)
+    risk, curvature = _reached(*_matched(risk, curvature))
     return risk, Preconditioner(curvature, value, relative)
 
 
@@ -172,6 +173,22 @@ def _matched(risk: Risk, op: LinearOperator) -> tuple[Risk, LinearOperator]:
     return risk.restrict([risk.params[name] for name in found.covered]), op._restricted(
         found.covered
     )
+
+
+def _reached(risk: Risk, op: LinearOperator | None) -> tuple[Risk, LinearOperator | None]:
+    """Without the parameters of blocks that are zero: gradients by them are, too."""
+    if not isinstance(op, Kronecker):
+        return risk, op
+    zero = [block for block in op.blocks_of.values() if not bool(block.eigenvalues.any())]
+    ranges = [place for block in zero for place in block.ranges]
+    names = [
+        name
+        for name in risk.space.names
+        if not any(start <= risk.space.slice(name).start < stop for start, stop in ranges)
+    ]
+    if not zero or not names:
+        return risk, op
+    return risk.restrict([risk.params[name] for name in names]), op._restricted(tuple(names))
 
 
 def _solved(op: Any, columns: Tensor, damping: float) -> Tensor:

@@ -12,6 +12,7 @@ from curvlib.core.data import tensors
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.loss import read_loss
 from curvlib.core.risk import Risk
+from curvlib.influence.arguments import require_order
 from curvlib.influence.compression import Metric, compressed, metric_of, require_compression
 from curvlib.influence.directions import BlockDirections, Directions, Keep, query_directions
 from curvlib.influence.factored import factored_blocks, factored_parts
@@ -24,8 +25,9 @@ def risk_on(risk: Risk, data: Any) -> Risk:
     """The risk on other data: itself for ``None``, and a risk of the same parameters as it is.
 
     Raises:
-        ValueError: If a risk is given that has other parameters.
+        ValueError: If a risk is given that has other parameters, or a loader shuffles.
     """
+    require_order(risk.data if data is None else data.data if isinstance(data, Risk) else data)
     if data is None:
         return risk
     if not isinstance(data, Risk):
@@ -55,6 +57,7 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
 
     Raises:
         TypeError: If ``measurement`` is no function, or comes with a risk.
+        ValueError: If a loader shuffles.
     """
     if measurement is None:
         return risk_on(risk, query)
@@ -63,6 +66,7 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
             "measurement= comes with batches of queries; a Risk has its own loss: pass "
             "Risk(model, measurement, data, reduction='sum') alone"
         )
+    require_order(query)
     loss = read_loss(measurement)
     declared = loss.known or isinstance(getattr(measurement, "reduction", None), str)
     return Risk(

@@ -185,6 +185,8 @@ class Watcher:
             ValueError: If examples depend on each other, or a batch cannot be split.
         """
         n = example_count(batch)
+        if n == 0:
+            raise ValueError(f"batch {batch.index} has no example; leave it out")
         if not self.alone or n == 1:
             found = self._run(batch, counted=True)
             if n == 1 or self._recognized(found, n):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.core.batch import Batch, misread_mean
+from curvlib.core.batch import Batch, misread_mean, misread_sum
 from curvlib.core.data import tensors
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count
@@ -155,10 +155,22 @@ def _of_loss(one: Pass) -> Iterator[Direction]:
     yield value, None
 
 
+def _require_sum(one: Pass) -> None:
+    """Raises ValueError if what is said to be a sum over examples is none, in the first batch."""
+    if one.batch.index == 0 and isinstance(one.output, Tensor):
+        with torch.no_grad():
+            value = one.batch.risk.loss.total(one.output, one.batch.target, 1.0)
+            message = misread_sum(one.batch, one.output, value)
+        if message is not None:
+            raise ValueError(message)
+
+
 def _require_known_mean(one: Pass) -> None:
-    """Raises ValueError if an example's share of an unknown mean is unknown."""
+    """Raises ValueError if an example's share of an unknown mean is unknown, or a sum is none."""
     batch = one.batch
     risk = batch.risk
+    if not risk.loss.known and risk.loss.reduction == "sum":
+        _require_sum(one)
     settled = risk.take_weight is not None or risk.given_reduction is not None
     if risk.loss.known or risk.loss.reduction == "sum" or settled:
         return

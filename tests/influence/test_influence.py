@@ -473,9 +473,13 @@ def test_numbers_of_examples() -> None:
         inf.top(QUERY, bottom=-1)
     with pytest.raises(TypeError, match="k= is an int, got float"):
         inf.top(QUERY, k=2.0)
-    with pytest.raises(ValueError, match="50 examples were asked for, but only 20 were scored"):
+    with pytest.raises(
+        ValueError, match="50 examples were asked for, but there are only 20 to score"
+    ):
         inf.top(QUERY)
-    with pytest.raises(ValueError, match="3 examples were asked for, but only 2 were scored"):
+    with pytest.raises(
+        ValueError, match="3 examples were asked for, but there are only 2 to score"
+    ):
         inf.top(QUERY, k=3, chosen=[0, 1])
     with pytest.raises(TypeError, match="chosen= is the numbers of examples, integers"):
         inf.top(QUERY, k=1, chosen=torch.ones(2))
