@@ -9,7 +9,6 @@ costs four small matrix products for each layer, and there are no hooks on the m
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvlib.core.loss import read_loss
-from curvlib.operators.coverage import Coverage, coverage_of
+from curvlib.operators.coverage import Coverage
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
 from curvlib.optim.layer_curvature import LayerCurvature, advanced
-from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
+from curvlib.optim.layer_watch import LayerWatch
 from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
 from curvlib.optim.persistence import restored
 from curvlib.optim.rest import RULES, rest_change
@@ -160,12 +159,8 @@ class KFAC(CurvatureOptimizer):
         self.decomposed_at: int | None = None
         self._inverses: dict[str, Inverse] = {}
         self._scale = 1.0
-        self._recorder: LayerRecorder | None = None
-        if params is None:
-            params = model.parameters()
-        scale = inner_scale
-        if scale is None:
-            scale = 0.01 if inner == "adamw" else 1.0
+        self._watch = self._watching()
+        params = model.parameters() if params is None else params
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -180,14 +175,12 @@ class KFAC(CurvatureOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults, seed=seed, process_group=process_group)
-        self._switch()
 
     # ------------------------------------------------------------------------ recording
     @property
     def recorder(self) -> LayerRecorder:
         """What records the layers, of the parameters that required gradients when it was made."""
-        assert self._recorder is not None
-        return self._recorder
+        return self._watch.recorder
 
     def close(self) -> None:
         """Takes the hooks off the model. The next step puts them on again."""
@@ -196,14 +189,8 @@ class KFAC(CurvatureOptimizer):
     def coverage(self) -> Coverage:
         """Which parameters have factors; and why the others get the inner optimizer's step."""
         idle = "its module was not called when factors were last updated, or got no gradient"
-        missing = {
-            name: idle
-            for layer in self.recorder.layers
-            if self.clock.curvature_updates and layer.name not in self.layers
-            for name in layer.names
-        }
-        recorder = self.recorder
-        return coverage_of(self.model, recorder.params, recorder.uncovered | missing)
+        known = self._watch.layers if self.clock.curvature_updates else ()
+        return self._watch.coverage({name: idle for name in known if name not in self.layers})
 
     def take(self, found: Recorded) -> None:
         """Adds what a pass showed to the pending sums."""
@@ -217,42 +204,17 @@ class KFAC(CurvatureOptimizer):
             layers, found, self.pending, sampled=sampled, reduce=reduce, scale=scale, bases=bases
         )
 
-    def _switch(self) -> None:
-        """Puts hooks on the model if the coming step takes curvature in, or off if not."""
-        due, old = self._due(), self._recorder
-        chosen = [p for _, p, _ in self.trainable()]
-        if old is None or (due and {*map(id, chosen)} != {*map(id, old.params.values())}):
-            self._recorder = self._made(chosen)
-            if old is not None:
-                old.close()
-        self.recorder.draw = self.clock.curvature_updates
-        if due:
-            self.recorder.start()
-        else:
-            self.recorder.stop()
-
-    def _made(self, params: list[Tensor]) -> LayerRecorder:
-        me = weakref.ref(self)
-
-        def sink(found: Recorded) -> None:
-            own = me()
-            if own is not None:
-                own.take(found)
-
-        made = LayerRecorder(
+    def _watching(self) -> LayerWatch:
+        return LayerWatch(
             self.model,
-            params,
-            sink=sink,
+            self.take,
             loss=self.loss,
             sampled=self.fisher == "mc",
-            seed=self.seed,
             output=self.output,
             dense_norms=self.dense_norms,
             max_side=self.max_side,
             gates=self.gates,
         )
-        self._places = {layer.name: LayerPlaces(layer, made.space) for layer in made.layers}
-        return made
 
     # ---------------------------------------------------------------------------- shell
     def _check(self, group: dict[str, Any]) -> None:
@@ -269,7 +231,7 @@ class KFAC(CurvatureOptimizer):
 
     def _observe(self, loss: Tensor, scale: float) -> None:
         del loss  # its backward pass meets the hooks
-        self.recorder.hand_over()  # what came before has the scale of before
+        self._watch.hand_over()  # what came before has the scale of before
         self._scale = scale
 
     def _missing(self) -> None:
@@ -279,37 +241,17 @@ class KFAC(CurvatureOptimizer):
             "and checkpointed with use_reentrant=False if at all"
         )
 
-    def _gradients(self) -> Gradients:
-        self.recorder.hand_over()
-        return super()._gradients()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients and pending curvature."""
-        if self._recorder is not None:
-            self._recorder.forget_reached()
-        super().zero_grad(set_to_none)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]  # PyTorch's overloads return floats
-        """One step: see :meth:`CurvatureOptimizer.step`."""
-        out = super().step(closure)
+    def _prepare(self) -> None:
         self._scale = 1.0
-        self._switch()
-        return out
+        params = [p for _, p, _ in self.trainable()]
+        draw = self.clock.curvature_updates
+        self._watch.follow(params, on=self._due(), seed=self.seed, draw=draw)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as in ``torch.optim``; factors are due at the next step.
+    def _collect(self) -> None:
+        self._watch.hand_over()
 
-        Raises:
-            TypeError: If parameters are no real floating-point tensors.
-            ValueError: If one is there already or is not the model's, or for bad hyper-parameters.
-        """
-        super().add_param_group(param_group)
-        if hasattr(self, "_recorder") and self._recorder is not None:
-            try:
-                self._switch()
-            except Exception:
-                self.param_groups.pop()
-                raise
+    def _forget(self) -> None:
+        self._watch.forget()
 
     # --------------------------------------------------------------------------- update
     def _update(self, gradients: Gradients) -> bool | None:
@@ -322,7 +264,7 @@ class KFAC(CurvatureOptimizer):
         }
         recorder = self.recorder
         natural = natural_gradients(
-            [(layer, self._places[layer.name]) for layer in recorder.layers],
+            [(layer, self._watch.places[layer.name]) for layer in recorder.layers],
             recorder.params,
             members,
             layers,
@@ -380,7 +322,7 @@ class KFAC(CurvatureOptimizer):
         layers = {
             name: LayerCurvature(**restored(own, device)) for name, own in state["layers"].items()
         }
-        known = {layer.name for layer in self.recorder.layers}
+        known = self._watch.layers.keys()
         if not known >= layers.keys():
             raise ValueError(
                 f"the state has factors of layers {sorted(layers.keys() - known)}, which the model "
@@ -389,15 +331,11 @@ class KFAC(CurvatureOptimizer):
         self.layers, self.decomposed_at = layers, state["decomposed_at"]
         self._inverses = {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state: see :meth:`CurvatureOptimizer.load_state_dict`."""
-        super().load_state_dict(state_dict)
-        self._switch()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_recorder": None}
+        return {**super().__getstate__(), "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_watch" in state:  # of a copy, not of a state dict
+            state = {**state, "_watch": self._watching()}
         super().__setstate__(state)
-        if hasattr(self, "clock"):
-            self._switch()

@@ -21,15 +21,15 @@ pay more (:mod:`curvlib.optim.rules.hybrid`). The trials have a price: one step 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvlib.operators.coverage import Coverage, coverage_of
+from curvlib.operators.coverage import Coverage
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.layer_vectors import Signs, row_sums, summable, zero_sums
@@ -43,7 +43,7 @@ from curvlib.optim.layer_inverses import (
     cost_of_steps,
     directions,
 )
-from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.layer_watch import LayerWatch
 from curvlib.optim.persistence import restored
 from curvlib.optim.rules.hybrid import HybridState, Trials
 from curvlib.optim.rules.hybrid import update as judged
@@ -161,9 +161,7 @@ class MKOR(CurvatureOptimizer):
         self.model = model
         self.inverses: dict[str, LayerInverses] = {}
         self._scale = 1.0
-        self._recorder: LayerRecorder | None = None
-        self._layers: dict[str, FactoredLayer] = {}
-        self._places: dict[str, LayerPlaces] = {}
+        self._watch = self._watching()
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -176,7 +174,6 @@ class MKOR(CurvatureOptimizer):
         }
         params = model.parameters() if params is None else params
         super().__init__(params, defaults, seed=seed, process_group=process_group)
-        self._switch()
 
     # -------------------------------------------------------------------------- reports
     @property
@@ -196,18 +193,9 @@ class MKOR(CurvatureOptimizer):
 
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned, and why the others are not."""
-        recorder = self.recorder
-        reasons = {
-            name: reason
-            for layer in recorder.layers
-            for name in layer.names
-            if (reason := self._unfit(layer))
-        }
         idle = "its module was not called when inverses were last updated, or got no gradient"
-        for name, layer in self._layers.items():
-            if self.clock.curvature_updates and name not in self.inverses and self.second_order:
-                reasons.update(dict.fromkeys(layer.names, idle))
-        return coverage_of(self.model, recorder.params, recorder.uncovered | reasons)
+        known = self._watch.layers if self.clock.curvature_updates and self.second_order else ()
+        return self._watch.coverage({name: idle for name in known if name not in self.inverses})
 
     def close(self) -> None:
         """Takes the hooks off the model. The next step puts them on again, if it has to."""
@@ -216,28 +204,15 @@ class MKOR(CurvatureOptimizer):
     # ------------------------------------------------------------------------ recording
     @property
     def recorder(self) -> LayerRecorder:
-        """Of the parameters that require gradients now."""
-        chosen = [p for _, p, _ in self.trainable()]
-        found = self._recorder
-        if found is None or {id(p) for p in chosen} != {id(p) for p in found.params.values()}:
-            if found is not None:
-                found.close()
-            found = LayerRecorder(
-                self.model, chosen, sink=_Sink(weakref.ref(self)), max_side=self.max_side
-            )
-            self._recorder = found
-            self._layers = {own.name: own for own in found.layers if not self._unfit(own)}
-            self._places = {
-                name: LayerPlaces(own, found.space) for name, own in self._layers.items()
-            }
-        return found
+        """What records the layers, of the parameters that required gradients when it was made."""
+        return self._watch.recorder
 
     def take(self, found: Recorded) -> None:
         """Adds sums over the rows of a pass to what is pending."""
-        for name, layer in self._layers.items():
+        for name, layer in self._watch.layers.items():
             seed = f"{self.seed}|{self.clock.curvature_updates}|{name}"
             signs = Signs(self.vectors, seed) if self.signed else None
-            sums = row_sums(layer, found, self._dtype(), signs=signs, scale=self._scale)
+            sums = row_sums(layer, found, self.recorder.dtype, signs=signs, scale=self._scale)
             for key, part in sums.items():
                 self._add_pending(f"{name}|{key}", part)
 
@@ -245,30 +220,9 @@ class MKOR(CurvatureOptimizer):
         known = self.pending.get(name)
         self.pending[name] = part if known is None else known + part
 
-    def _dtype(self) -> torch.dtype:
-        """Of sums, and of inverses if no other is asked for."""
-        return self._current().dtype
-
-    def _current(self) -> LayerRecorder:
-        """The recorder of this step, also if parameters were frozen or set free meanwhile."""
-        return self.recorder if self._recorder is None else self._recorder
-
-    def _unfit(self, layer: FactoredLayer) -> str:
-        """Why a layer is not preconditioned, or nothing."""
-        reason = summable(layer)
-        if not reason and not layer.left_dense and not layer.right_dense:
-            return f"its sides are longer than max_side={self.max_side}"
-        return reason
-
-    def _switch(self) -> None:
-        """Puts hooks on the model if the coming step takes curvature in, or off if not."""
-        if not self.trainable():
-            return
-        recorder = self.recorder
-        if self._due():
-            recorder.start()
-        else:
-            recorder.stop()
+    def _watching(self) -> LayerWatch:
+        unfit = partial(_unfit, max_side=self.max_side)
+        return LayerWatch(self.model, self.take, unfit, max_side=self.max_side)
 
     # ---------------------------------------------------------------------------- shell
     def _check(self, group: dict[str, Any]) -> None:
@@ -279,11 +233,16 @@ class MKOR(CurvatureOptimizer):
             raise ValueError("decay= is above 0, got 0: a term of rank one has no inverse")
 
     def _due(self) -> bool:
-        return bool(self._layers) and self.second_order and self.clock.due(self.interval)
+        return self.second_order and self.clock.due(self.interval) and bool(self._watch.layers)
+
+    def _prepare(self) -> None:
+        self._scale = 1.0
+        params = [p for _, p, _ in self.trainable()]
+        self._watch.follow(params, on=self.second_order and self.clock.due(self.interval))
 
     def _observe(self, loss: Tensor, scale: float) -> None:
         del loss  # its backward pass meets the hooks
-        self._current().hand_over()  # what came before has the scale of before
+        self._watch.hand_over()  # what came before has the scale of before
         self._scale = scale
 
     def _missing(self) -> None:
@@ -293,66 +252,23 @@ class MKOR(CurvatureOptimizer):
             "and checkpointed with use_reentrant=False if at all"
         )
 
-    def _gradients(self) -> Gradients:
-        if self._recorder is not None:
-            self._recorder.hand_over()
+    def _collect(self) -> None:
+        self._watch.hand_over()
         if self.replicas > 1 and self._due():  # ranks may have used other layers
             k = self.vectors if self.signed else 1
-            for name, layer in self._layers.items():
-                device = self._current().space.device
-                for key, zeros in zero_sums(layer, self._dtype(), k, device).items():
-                    self.pending.setdefault(f"{name}|{key}", zeros)
-        return super()._gradients()
+            recorder = self.recorder
+            for name, layer in self._watch.layers.items():
+                zeros = zero_sums(layer, recorder.dtype, k, recorder.space.device)
+                for key, zero in zeros.items():
+                    self.pending.setdefault(f"{name}|{key}", zero)
+
+    def _forget(self) -> None:
+        self._watch.forget()
 
     def _saw(self, loss: Tensor, scale: float) -> None:
-        """Notes the loss of a (micro-)batch for MKOR-H."""
         if self.hybrid is not None and self.switched_at is None:
             sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
             self._add_pending("loss", loss.detach().double() * sign / (scale * self.replicas))
-
-    def observe(self, loss: Tensor, scale: float = 1.0) -> None:
-        """Notes the loss: see :meth:`CurvatureOptimizer.observe`."""
-        super().observe(loss, scale)
-        self._saw(loss, scale)
-
-    def backward(self, loss: Tensor, scale: float = 1.0, *, sync: bool = True) -> None:
-        """``loss.backward()``: see :meth:`CurvatureOptimizer.backward`."""
-        super().backward(loss, scale, sync=sync)
-        self._saw(loss, scale)
-
-    def _evaluated(self, closure: Callable[[], Any]) -> Tensor:
-        loss = super()._evaluated(closure)
-        if "loss" not in self.pending:
-            self._saw(loss, 1.0)
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients and pending curvature."""
-        if self._recorder is not None:
-            self._recorder.forget_reached()
-        super().zero_grad(set_to_none)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]  # PyTorch's overloads return floats
-        """One step: see :meth:`CurvatureOptimizer.step`."""
-        out = super().step(closure)
-        self._scale = 1.0
-        self._switch()
-        return out
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as in ``torch.optim``; inverses are updated at the next step.
-
-        Raises:
-            TypeError: If parameters are no real floating-point tensors.
-            ValueError: If one is there already or is not the model's, or for bad hyper-parameters.
-        """
-        super().add_param_group(param_group)
-        if self._recorder is not None:
-            try:
-                self._switch()
-            except Exception:
-                self.param_groups.pop()
-                raise
 
     # --------------------------------------------------------------------------- update
     def _update(self, gradients: Gradients) -> bool:
@@ -365,7 +281,7 @@ class MKOR(CurvatureOptimizer):
             )
         if self._due() and not self.pending and not self.clock.curvature_updates:
             self._missing()
-        layers = [(layer, self._group_of(layer)) for layer in self._layers.values()]
+        layers = [(layer, self._group_of(layer)) for layer in self._watch.layers.values()]
         inverses = self.inverses
         if self.pending:
             inverses = advanced(
@@ -374,7 +290,7 @@ class MKOR(CurvatureOptimizer):
                 self.pending,
                 signed=self.signed,
                 ranks=self.replicas,
-                dtype=self.dtype or self._dtype(),
+                dtype=self.dtype or self.recorder.dtype,
             )
         given = {
             id(p): g
@@ -383,9 +299,9 @@ class MKOR(CurvatureOptimizer):
             if g is not None
         }
         along = given
-        if self.second_order and self._layers:
-            places = [(layer, self._places[layer.name]) for layer, _ in layers]
-            along = directions(places, inverses, self._current().params, given)
+        if self.second_order and self._watch.layers:
+            places = [(layer, self._watch.places[layer.name]) for layer, _ in layers]
+            along = directions(places, inverses, self.recorder.params, given)
         work = [
             part
             for group in self.param_groups
@@ -409,14 +325,14 @@ class MKOR(CurvatureOptimizer):
     def _cost_of_steps(self) -> float:
         rows = [
             (layer, float(self.pending[f"{name}|rows"]) / self.replicas)
-            for name, layer in self._layers.items()
+            for name, layer in self._watch.layers.items()
             if f"{name}|rows" in self.pending
         ]
         return cost_of_steps(rows, interval=self.interval, vectors=self.vectors)
 
     def _group_of(self, layer: FactoredLayer) -> dict[str, Any]:
         """The group of a layer's first parameter, its weight if it has one."""
-        first = self._current().params[layer.names[0]]
+        first = self.recorder.params[layer.names[0]]
         return next(group for _, p, group in self.parameters() if p is first)
 
     # ---------------------------------------------------------------------------- state
@@ -439,7 +355,7 @@ class MKOR(CurvatureOptimizer):
             name: LayerInverses.from_plain(restored(sides, device))
             for name, sides in state["inverses"].items()
         }
-        known = {layer.name for layer in self.recorder.layers} if self.trainable() else set()
+        known = self._watch.layers.keys()
         if not known >= inverses.keys():
             raise ValueError(
                 f"the state has inverses of layers {sorted(inverses.keys() - known)}, which the "
@@ -448,28 +364,19 @@ class MKOR(CurvatureOptimizer):
         self.inverses, self.cost = inverses, state["cost"]
         self.hybrid = None if state["hybrid"] is None else HybridState.from_plain(state["hybrid"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state: see :meth:`CurvatureOptimizer.load_state_dict`."""
-        super().load_state_dict(state_dict)
-        self._switch()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_recorder": None, "_layers": {}, "_places": {}}
+        return {**super().__getstate__(), "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_watch" in state:  # of a copy, not of a state dict
+            state = {**state, "_watch": self._watching()}
         super().__setstate__(state)
-        if hasattr(self, "clock"):
-            self._switch()
 
 
-class _Sink:
-    """Hands passes to an optimizer, which it does not keep alive."""
-
-    def __init__(self, optimizer: weakref.ref[MKOR]) -> None:
-        self.optimizer = optimizer
-
-    def __call__(self, found: Recorded) -> None:
-        """Hands a pass over."""
-        optimizer = self.optimizer()
-        if optimizer is not None:
-            optimizer.take(found)
+def _unfit(layer: FactoredLayer, max_side: int) -> str:
+    """Why a layer is not preconditioned, or nothing."""
+    reason = summable(layer)
+    if not reason and not layer.left_dense and not layer.right_dense:
+        return f"its sides are longer than max_side={max_side}"
+    return reason

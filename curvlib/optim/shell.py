@@ -3,7 +3,7 @@ r"""The shell that curvature optimizers share: everything but their update rule.
 A method is a subclass with four hooks (one level of inheritance):
 
 ``_check(group)``
-    raises for the hyper-parameters of a group; called for each group, also later ones.
+    raises for the hyper-parameters of a group, also of later ones.
 ``_due()``
     whether the coming step reads curvature. Default: never.
 ``_observe(loss, scale)``
@@ -20,14 +20,18 @@ A method is a subclass with four hooks (one level of inheritance):
     was not finite. While it runs, ``self.clock`` still counts the steps before this one.
 
 Also, as needed: ``_extra_state()`` and ``_load_extra_state(state)`` for what belongs to no
-parameter; ``_missing()`` for the error when a step is due without any curvature yet.
+parameter; ``_missing()`` for the error when a step is due without any curvature yet; ``_saw(loss,
+scale)`` for the value of each loss; and for methods that watch the user's own passes
+``_prepare()``, before the passes of each step (and for new, copied and loaded optimizers),
+``_collect()``, before gradients are read, and ``_forget()``, when they are set to zero.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -37,6 +41,7 @@ from torch.optim import Optimizer
 
 from curvlib.operators.live_loss import accumulate_gradient, require_live
 from curvlib.optim.arguments import flag
+from curvlib.optim.clock import Clock
 from curvlib.optim.gradients import (
     accumulate,
     accumulated,
@@ -51,31 +56,6 @@ from curvlib.optim.persistence import record, require_own, restored
 from curvlib.optim.replicas import average_gradients, size_of, sum_over_ranks
 
 Gradients = list[list[Tensor | None]]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """What an optimizer has done so far; skipped steps do not count.
-
-    Attributes:
-        steps: Steps taken.
-        curvature_updates: Steps that took curvature in.
-        age: Steps since curvature was last taken in, counting that one; ``None`` before the first
-            time, and after a parameter group was added.
-    """
-
-    steps: int = 0
-    curvature_updates: int = 0
-    age: int | None = None
-
-    def due(self, interval: int) -> bool:
-        """Whether a step that takes curvature in every ``interval`` steps does so next."""
-        return self.age is None or self.age >= interval
-
-    def ticked(self, curvature: bool) -> Clock:
-        """The clock after a step."""
-        age = 1 if curvature else None if self.age is None else self.age + 1
-        return Clock(self.steps + 1, self.curvature_updates + curvature, age)
 
 
 class CurvatureOptimizer(Optimizer):
@@ -116,6 +96,8 @@ class CurvatureOptimizer(Optimizer):
         self.pending: dict[str, Tensor] = {}
         self.keep_graph = False
         self._backwards = 0
+        self._seen: weakref.ref[Tensor] | None = None
+        self._built = False
         if not isinstance(params, Tensor):  # about which PyTorch complains itself
             params = [listed_group(p) for p in params]
             sizes = [len(p.get("params", "?")) if isinstance(p, dict) else 1 for p in params]
@@ -125,6 +107,8 @@ class CurvatureOptimizer(Optimizer):
                     "of which one has some"
                 )
         super().__init__(params, {"maximize": False, **defaults})
+        self._built = True
+        self._prepare()
 
     # ------------------------------------------------------------------ hooks of methods
     def _check(self, group: dict[str, Any]) -> None:
@@ -148,6 +132,18 @@ class CurvatureOptimizer(Optimizer):
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes back what ``_extra_state`` returned; raises before it changes anything."""
+
+    def _saw(self, loss: Tensor, scale: float) -> None:
+        """Notes the value of the loss of a (micro-)batch, which is multiplied by ``scale``."""
+
+    def _prepare(self) -> None:
+        """Prepares the passes of the coming step."""
+
+    def _collect(self) -> None:
+        """Adds what passes have shown to ``self.pending``."""
+
+    def _forget(self) -> None:
+        """Forgets what passes have shown."""
 
     def _missing(self) -> None:
         """Raises since a step is due that has no curvature yet."""
@@ -191,17 +187,23 @@ class CurvatureOptimizer(Optimizer):
         if "params" in param_group:
             require_parameters(param_group["params"], {id(p) for _, p, _ in self.parameters()})
         super().add_param_group(param_group)
+        before = self.clock
+        self.clock = replace(before, age=None)
         try:
             flag(self.param_groups[-1], "maximize")
             self._check(self.param_groups[-1])
+            if self._built:
+                self._prepare()
         except Exception:
             self.param_groups.pop()
+            self.clock = before
             raise
-        self.clock = replace(self.clock, age=None)
 
     # ------------------------------------------------------------------- loss and step
     def observe(self, loss: Tensor, scale: float = 1.0) -> None:
         """Gathers curvature if it is due, for loops that call ``loss.backward()`` afterwards.
+
+        Twice for the same loss is once, also with ``backward`` afterwards.
 
         Args:
             loss: The loss of one (micro-)batch, with its graph, which is kept.
@@ -212,14 +214,7 @@ class CurvatureOptimizer(Optimizer):
             ValueError: If it is no scalar or has no graph.
             RuntimeError: If it has no second derivative, where the method needs one.
         """
-        loss, scale = require_live(loss), positive_scale(scale)
-        if not self._due():
-            return
-        self.keep_graph = True
-        try:
-            self._gather(loss, scale)
-        finally:
-            self.keep_graph = False
+        self._gather(require_live(loss), positive_scale(scale), keep=True)
 
     def backward(self, loss: Tensor, scale: float = 1.0, *, sync: bool = True) -> None:
         """``loss.backward()``, with the curvature when it is due; adds to ``.grad``.
@@ -239,8 +234,7 @@ class CurvatureOptimizer(Optimizer):
             ValueError: If it is no scalar or has no graph.
             RuntimeError: If it has no second derivative, where the method needs one.
         """
-        loss, scale = require_live(loss), positive_scale(scale)
-        found = self._gather(loss, scale) if self._due() else None
+        found = self._gather(require_live(loss), positive_scale(scale), keep=False)
         if found is None:
             accumulate_gradient(loss)
         else:
@@ -267,28 +261,32 @@ class CurvatureOptimizer(Optimizer):
         """
         loss = None if closure is None else self._evaluated(closure)
         with torch.no_grad():
+            self._collect()
             gradients = self._gradients()
-            if not any(g is not None for group in gradients for g in group):
-                self.pending = {}
-                return loss
-            due = self._due()
-            if due and not self.pending and self.clock.curvature_updates == 0:
-                self._missing()
-            if due or self.pending:
-                self.pending = sum_over_ranks(self.pending, self.process_group)
-            taken = finite([*(g for group in gradients for g in group), *self.pending.values()])
-            if taken:
-                taken = self._update(gradients) is not False
-            if taken:
+            if all(g is None for group in gradients for g in group):
+                pass
+            elif self._taken(gradients):
                 self.clock = self.clock.ticked(curvature=bool(self.pending))
             else:
                 self.skipped += 1
-            self.pending = {}
+        self.pending, self._seen = {}, None
+        self._prepare()
         return loss
+
+    def _taken(self, gradients: Gradients) -> bool:
+        """Takes the step; ``False`` if it is skipped."""
+        due = self._due()
+        if due and not self.pending and self.clock.curvature_updates == 0:
+            self._missing()
+        if due or self.pending:
+            self.pending = sum_over_ranks(self.pending, self.process_group)
+        read = [*(g for group in gradients for g in group), *self.pending.values()]
+        return finite(read) and self._update(gradients) is not False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients and pending curvature."""
-        self.pending = {}
+        self._forget()
+        self.pending, self._seen = {}, None
         super().zero_grad(set_to_none)
 
     def _evaluated(self, closure: Callable[[], Any]) -> Tensor:
@@ -299,18 +297,29 @@ class CurvatureOptimizer(Optimizer):
         if not isinstance(loss, Tensor):
             loss = require_live(loss, "what the closure returns")
         if calls != self._backwards or accumulated(before, versions(self.parameters())):
+            if self._seen is None:
+                self._saw(loss, 1.0)
             return loss.detach()  # the closure called backward itself
         require_live(loss, "what the closure returns")
         self.zero_grad()
         self.backward(loss)
         return loss.detach()
 
-    def _gather(self, loss: Tensor, scale: float) -> list[Tensor | None] | None:
+    def _gather(self, loss: Tensor, scale: float, *, keep: bool) -> list[Tensor | None] | None:
+        """Curvature of a loss, if it is due and not observed yet; gradients, if they came too."""
+        if self._seen is not None and self._seen() is loss:
+            return None
+        self.keep_graph = keep
         try:
-            return self._observe(loss, scale)
+            found = self._observe(loss, scale) if self._due() else None
         except BaseException:
             self.pending = {}  # sums that may be incomplete
             raise
+        finally:
+            self.keep_graph = False
+        self._saw(loss, scale)
+        self._seen = weakref.ref(loss)
+        return found
 
     def _gradients(self) -> Gradients:
         """Dense gradients of each group, negated where the group maximizes."""
@@ -367,10 +376,12 @@ class CurvatureOptimizer(Optimizer):
             raise
         self.clock = Clock(**own["clock"])
         self.skipped, self.seed = own["skipped"], own["seed"]
-        self.pending = {}
+        self.pending, self._seen = {}, None
+        self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_")}
+        own["_seen"] = None
         for name in ("step", "_zero_grad_profile_name", "process_group"):
             own.pop(name, None)  # a scheduler's wrapper of step; groups cannot be copied
         return {**own, **super().__getstate__()}
@@ -378,6 +389,7 @@ class CurvatureOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         vars(self).setdefault("process_group", None)
+        self._prepare()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
         twin = type(self).__new__(type(self))

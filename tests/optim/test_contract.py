@@ -540,6 +540,59 @@ def test_zero_grad_to_zeros_changes_nothing(case: OptimizerCase) -> None:
 
 
 @each
+def test_a_loss_that_is_observed_twice_counts_once(case: OptimizerCase) -> None:
+    def repeated(opt: Any, loss: Any) -> None:
+        opt.zero_grad()
+        value = loss()
+        opt.observe(value)
+        opt.observe(value)
+        opt.backward(value)
+        opt.step()
+
+    assert distance(trained(case, 5, repeated), trained(case, 5)) < case.tolerance
+
+
+@each
+def test_other_passes_leave_no_trace(case: OptimizerCase) -> None:
+    model, data = net(), batches(5)
+    opt = case.build(model, None)
+    for batch in data:
+        opt.zero_grad()
+        loss = loss_of(model, batch)
+        model(3.0 * batch[0])  # with a graph that is never used
+        opt.backward(loss)
+        model.eval()
+        with torch.no_grad():
+            model(batch[0])
+        model.train()
+        opt.step()
+        opt.zero_grad()
+        opt.step()  # there are no gradients
+    assert opt.clock.steps == 5
+    assert same(weights(model), trained(case, 5, by_backward))
+
+
+@each
+def test_a_model_that_is_frozen_wholly_rests(case: OptimizerCase) -> None:
+    model, data = net(), batches(6)
+    model.requires_grad_(False)
+    opt = case.build(model, None)
+    opt.step()
+    assert opt.clock.steps == 0
+    model.requires_grad_(True)
+    opt.step()  # without gradients
+    train(opt, model, data[:3])
+    before = weights(model)
+    model.requires_grad_(False)
+    opt.step()
+    assert same(weights(model), before)
+    model.requires_grad_(True)
+    train(opt, model, data[3:])
+    assert all(distance([a], [b]) > 0 for a, b in zip(weights(model), before, strict=True))
+    assert opt.clock.steps == 6
+
+
+@each
 def test_zero_grad_forgets_gathered_curvature(case: OptimizerCase) -> None:
     model, data = net(), batches(4)
     opt = case.build(model, None)
