@@ -5,6 +5,8 @@ Nothing here touches torch's global random state.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def fill_probes(rows: Tensor, law: str, generator: torch.Generator) -> None:
     if law not in LAWS:
         raise ValueError(f"unknown law of probes {law!r}; there are {', '.join(LAWS)}")
     if law == "rademacher":
-        signs = _signs_of_bytes(rows)
+        signs = _signs_of_bytes(rows.dtype, rows.device)
         for row in rows:
             _fill_signs(row, signs, generator)
         return
@@ -69,11 +71,13 @@ def fill_probes(rows: Tensor, law: str, generator: torch.Generator) -> None:
             row.mul_(row.shape[0] ** 0.5 / torch.linalg.vector_norm(row))
 
 
-def _signs_of_bytes(like: Tensor) -> Tensor:
-    """The eight signs that each byte stands for, ``[256, 8]``."""
-    byte = torch.arange(256, device=like.device)[:, None]
-    bits = (byte >> torch.arange(8, device=like.device)) & 1
-    return (1 - 2 * bits).to(like.dtype)
+@lru_cache(maxsize=16)
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs that each byte stands for, ``[256, 8]``: a constant."""
+    with torch.inference_mode(False):
+        byte = torch.arange(256, device=device)[:, None]
+        bits = (byte >> torch.arange(8, device=device)) & 1
+        return (1 - 2 * bits).to(dtype)
 
 
 def _fill_signs(row: Tensor, signs: Tensor, generator: torch.Generator) -> None:

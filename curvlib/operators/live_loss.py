@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from curvlib.operators.conv_products import convolution_products
 from curvlib.operators.graphs import once_differentiable, reentrant
 
 
@@ -164,19 +165,24 @@ def gradient_and_products(
     if verify:
         _require_second([g for _, g in live])
     products: list[list[Tensor | None]] = []
-    for k, vector in enumerate(vectors):
-        parts: Sequence[Tensor | None] = [None] * len(params)
-        if live:  # else the loss is linear in the parameters
-            with _explaining(second=True):
-                parts = torch.autograd.grad(
-                    [g for _, g in live],
-                    params,
-                    [_times(vector[i].to(g.dtype), factor) for i, g in live],
-                    retain_graph=keep_graph or k + 1 < len(vectors),
-                    allow_unused=True,
-                )
-        own = [None if p is None else _dense(p).detach() for p in parts]
-        products.append([None if p is None else _times(p, 1.0 / (scale * factor)) for p in own])
+    with convolution_products(params, first) as rest:
+        for k, vector in enumerate(vectors):
+            parts: Sequence[Tensor | None] = [None] * len(params)
+            if live:  # else the loss is linear in the parameters
+                with _explaining(second=True):
+                    parts = torch.autograd.grad(
+                        [g for _, g in live],
+                        params,
+                        [_times(vector[i].to(g.dtype), factor) for i, g in live],
+                        retain_graph=keep_graph or k + 1 < len(vectors),
+                        allow_unused=True,
+                    )
+            own = [None if p is None else _dense(p).detach() for p in parts]
+            for i, part in rest.items():
+                known = own[i]
+                own[i] = part if known is None else known + part
+            rest.clear()
+            products.append([None if p is None else _times(p, 1.0 / (scale * factor)) for p in own])
     gradients = [None if g is None else _dense(g.detach()) for g in first]
     return gradients, products
 

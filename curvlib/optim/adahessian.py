@@ -9,6 +9,7 @@ one of its number of blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,10 +25,11 @@ from curvlib.optim.rules.adahessian import (
     ESTIMANDS,
     Moments,
     Settings,
+    averaged,
     block_means,
     init,
+    move,
     reading,
-    update,
 )
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
 
@@ -55,7 +57,7 @@ class AdaHessian(CurvatureOptimizer):
             (tensors of 3 and more dimensions; all but the first two), as in the paper; or the
             length of runs of the flattened tensor, for those of 2 and more dimensions; 1: none.
         foreach: Whether a step does all tensors of a group at once: faster on a GPU, and more
-            memory. ``None``: where all of them are on a CUDA device.
+            memory. ``None``: there, and small tensors together on a CPU.
         maximize: Whether the loss is maximized.
         seed: Of the probes.
         process_group: Replicas of data-parallel training; the default group if
@@ -172,12 +174,11 @@ class AdaHessian(CurvatureOptimizer):
                     Moments(**self.state[p]) if p in self.state else init(p, settings)
                     for p in params
                 ]
-                steps, moments = update(
-                    params, [g for _, g, _ in part], [r for _, _, r in part], moments, settings
+                moments = averaged(
+                    [g for _, g, _ in part], [r for _, _, r in part], moments, settings
                 )
-                for p, step, kept in zip(params, steps, moments, strict=True):
-                    if step is not None:
-                        p.add_(step)
+                move(params, moments, settings)
+                for p, kept in zip(params, moments, strict=True):
                     self.state[p] = dict(vars(kept))
         return True
 
@@ -212,14 +213,35 @@ class AdaHessian(CurvatureOptimizer):
 
 Job = tuple[Tensor, Tensor, "Tensor | None"]
 
+#: Entries that are done at once on a CPU.
+_CACHED = 2**16
+
 
 def _parts(jobs: list[Job], foreach: bool | None) -> list[list[Job]]:
-    """Tensors that are done at once: of one dtype and device, or each by itself."""
-    if foreach is None:
-        foreach = bool(jobs) and all(p.is_cuda for p, _, _ in jobs)
-    if not foreach:
+    """Tensors that are done at once: of one dtype and device, or each by itself.
+
+    Without a choice, those on a CPU are as many as stay in its cache.
+    """
+    if foreach is False:
         return [[job] for job in jobs]
     kinds: dict[tuple[torch.dtype, torch.device], list[Job]] = {}
     for job in jobs:
         kinds.setdefault((job[0].dtype, job[0].device), []).append(job)
-    return list(kinds.values())
+    parts: list[list[Job]] = []
+    for (_, device), own in kinds.items():
+        cached = foreach is None and device.type == "cpu"
+        parts += _runs(own, _CACHED if cached else math.inf)
+    return parts
+
+
+def _runs(jobs: list[Job], most: float) -> list[list[Job]]:
+    """Consecutive tensors of at most so many entries together, or a longer one."""
+    runs: list[list[Job]] = []
+    entries = 0
+    for job in jobs:
+        entries += job[0].numel()
+        if not runs or entries > most:
+            runs.append([])
+            entries = job[0].numel()
+        runs[-1].append(job)
+    return runs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
-from curvlib.estimators.probes import probes
+from curvlib.estimators.probes import fill_probes
 
 
 def stream(device: torch.device, *numbers: int) -> torch.Generator:
@@ -42,5 +42,6 @@ def signs(like: Tensor, *numbers: int) -> Tensor:
                 [1., 1.]])
     """
     generator = stream(like.device, *numbers)
-    columns = probes((like.numel(), 1), generator=generator, dtype=like.dtype)
-    return columns[:, 0].reshape(like.shape)
+    row = torch.empty((1, like.numel()), dtype=like.dtype, device=like.device)
+    fill_probes(row, "rademacher", generator)
+    return row.view(like.shape)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvlib.optim.adahessian import AdaHessian
 from curvlib.optim.draws import signs
-from curvlib.optim.rules.adahessian import Settings, block_means, init, spread, update
+from curvlib.optim.rules.adahessian import Settings, averaged, block_means, init, move, spread
 from tests.optim.small import F64, batches, by_closure, loss_of, net, same, train
 
 SHAPES = ((), (3,), (2, 3), (2, 2, 3), (2, 1, 2, 2), (1, 2, 2, 1, 2))
@@ -38,7 +38,7 @@ def flattened(params: list[Any]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ the oracle
-def averaged(x: Tensor, block_size: int | None) -> Tensor:
+def block_averaged(x: Tensor, block_size: int | None) -> Tensor:
     """Each entry replaced by the mean of its block, entry by entry."""
     out = torch.empty_like(x)
     if block_size is None:
@@ -77,9 +77,9 @@ def oracle(steps: int, lr: float, estimand: str, interval: int, probes: int, **k
             updates += 1
             for i in range(len(theta)):
                 if estimand == "rownorm":
-                    D2 = sum(averaged(d[i][1].abs(), block) ** 2 for d in draws) / probes
+                    D2 = sum(block_averaged(d[i][1].abs(), block) ** 2 for d in draws) / probes
                 else:
-                    D2 = sum(averaged(d[i][0] * d[i][1], block) for d in draws) / probes
+                    D2 = sum(block_averaged(d[i][0] * d[i][1], block) for d in draws) / probes
                 v[i] = b2 * v[i] + (1 - b2) * D2
         for i, part in enumerate(g.split([p.numel() for p in theta])):
             m[i] = b1 * m[i] + (1 - b1) * part.view(theta[i].shape)
@@ -150,7 +150,7 @@ def test_block_means_are_means_over_blocks(shape: list[int], block: int | None, 
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
     means = block_means(x, block)
     found = spread(means, x.shape, block).expand(x.shape)
-    torch.testing.assert_close(found, averaged(x, block), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, block_averaged(x, block), rtol=1e-12, atol=1e-12)
     if block is None and x.ndim > 2:
         assert means.numel() == x.shape[0] * x.shape[1]
     elif block is not None and x.ndim > 1:
@@ -225,19 +225,38 @@ def test_power_0_is_sgd_with_momentum() -> None:
         torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-13)
 
 
-def test_the_rule_changes_nothing_in_place() -> None:
+def test_averages_change_nothing_in_place_and_moves_only_parameters() -> None:
     choice = Settings(0.1, (0.9, 0.99), 1e-4, 1.0, 0.1, "rownorm", None)
     p, g, r = (torch.full((2, 2), x) for x in (1.0, 2.0, 3.0))
     first = init(p, choice)
-    (step,), (kept,) = update([p], [g], [r], [first], choice)
-    for tensor, value in ((p, 1.0), (g, 2.0), (r, 3.0), (first.momentum, 0.0)):
+    (kept,) = averaged([g], [r], [first], choice)
+    before = kept.momentum.clone(), kept.curvature.clone()
+    move([p], [kept], choice)
+    for tensor, value in ((g, 2.0), (r, 3.0), (first.momentum, 0.0), (first.curvature, 0.0)):
         assert torch.equal(tensor, torch.full((2, 2), value))
+    assert torch.equal(kept.momentum, before[0])
+    assert torch.equal(kept.curvature, before[1])
     assert (first.steps, kept.steps, kept.curvature_updates) == (0, 1, 1)
-    expected = -0.1 * (2.0 / (3.0**0.5 + 1e-4) + 0.1)  # readings are squares
-    torch.testing.assert_close(step, torch.full((2, 2), expected))
-    (waits,), (later,) = update([p], [g], [None], [first], choice)
-    assert waits is None
-    assert (later.steps, later.curvature_updates) == (1, 0)
+    expected = 1.0 - 0.1 * (2.0 / (3.0**0.5 + 1e-4) + 0.1)  # readings are squares
+    torch.testing.assert_close(p, torch.full((2, 2), expected))
+    (waits,) = averaged([g], [None], [first], choice)
+    assert (waits.steps, waits.curvature_updates) == (1, 0)
+    move([p], [waits], choice)
+    torch.testing.assert_close(p, torch.full((2, 2), expected))
+
+
+@pytest.mark.parametrize("foreach", [None, True])
+def test_tensors_beyond_the_cache_step_like_others(foreach: bool | None) -> None:
+    def run(choice: bool | None) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        sizes = (3, 70_000, 5, 40_000, 40_000, 2)
+        params = [nn.Parameter(torch.randn(n, generator=g)) for n in sizes]
+        opt = AdaHessian(params, lr=0.1, foreach=choice)
+        for _ in range(2):
+            opt.step(lambda: torch.stack([p.cos().sum() for p in params]).sum())
+        return [p.detach() for p in params]
+
+    assert same(run(foreach), run(False))
 
 
 # ------------------------------------------------------------------------------- behaviour

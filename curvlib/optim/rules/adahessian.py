@@ -35,7 +35,7 @@ falls, the limit stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -134,79 +134,78 @@ def init(param: Tensor, settings: Settings) -> Moments:
     return Moments(zeros, torch.zeros_like(block_means(zeros, settings.block_size)))
 
 
-def update(
-    params: Sequence[Tensor],
+def averaged(
     gradients: Sequence[Tensor],
     readings: Sequence[Tensor | None],
     moments: Sequence[Moments],
     settings: Settings,
-) -> tuple[list[Tensor | None], list[Moments]]:
-    """One step of several parameters, of one dtype and device; nothing is written in place.
+) -> list[Moments]:
+    """What to remember of several parameters after one step more; nothing is written in place.
 
     Args:
-        params: Parameters.
-        gradients: Their gradients.
+        gradients: Their gradients, of one device.
         readings: What :func:`reading` returned, ``None`` in steps without curvature.
         moments: What was remembered.
         settings: Hyper-parameters.
+    """
+    b1, b2 = settings.betas
+    grads = [g.to(m.momentum.dtype) for g, m in zip(gradients, moments, strict=True)]
+    averages = torch._foreach_lerp([m.momentum for m in moments], grads, 1 - b1)
+    known = [m.curvature for m in moments]
+    fresh = [i for i, r in enumerate(readings) if r is not None]
+    if fresh:
+        seen = [r.to(k.dtype) for r, k in zip(readings, known, strict=True) if r is not None]
+        new = torch._foreach_lerp([known[i] for i in fresh], seen, 1 - b2)
+        for i, c in zip(fresh, new, strict=True):
+            known[i] = c
+    return [
+        Moments(a, c, m.steps + 1, m.curvature_updates + (r is not None))
+        for a, c, m, r in zip(averages, known, moments, readings, strict=True)
+    ]
 
-    Returns:
-        What to add to each parameter (``None``, which is to wait, for one that has had no
-        curvature yet), and what to remember.
+
+def move(params: Sequence[Tensor], moments: Sequence[Moments], settings: Settings) -> None:
+    r"""Moves parameters of one dtype and device, in place.
+
+    With :math:`\hat r^k = v^{k'} c` where :math:`v` is the average and :math:`c` its correction,
+    this is :math:`\hat m / (v^{k'} c + \epsilon) = c^{-1} \hat m / (v^{k'} + \epsilon / c)`.
+
+    Args:
+        params: Parameters; those that have had no curvature yet stay where they are.
+        moments: What :func:`averaged` returned.
+        settings: Hyper-parameters.
 
     Example:
         A Newton step on ``2 x^2`` with ``H = 4``, whose momentum is switched off:
 
         >>> x, s = torch.tensor([3.0]), Settings(1.0, (0.0, 0.9), 1e-12, 1.0, 0.0, "diagonal", None)
-        >>> (step,), _ = update([x], [4 * x], [torch.tensor([4.0])], [init(x, s)], s)
-        >>> step
-        tensor([-3.])
+        >>> moments = averaged([4 * x], [torch.tensor([4.0])], [init(x, s)], s)
+        >>> move([x], moments, s)
+        >>> x
+        tensor([0.])
     """
     b1, b2 = settings.betas
-    grads = [g.to(m.momentum.dtype) for g, m in zip(gradients, moments, strict=True)]
-    averages = torch._foreach_lerp([m.momentum for m in moments], grads, 1 - b1)
-    remembered = [
-        replace(m, momentum=a, steps=m.steps + 1) for m, a in zip(moments, averages, strict=True)
-    ]
-    fresh = [i for i, r in enumerate(readings) if r is not None]
-    if fresh:
-        known = [remembered[i].curvature for i in fresh]
-        seen = [
-            r.to(k.dtype)
-            for r, k in zip((readings[i] for i in fresh), known, strict=True)
-            if r is not None
-        ]
-        for i, c in zip(fresh, torch._foreach_lerp(known, seen, 1 - b2), strict=True):
-            updates = remembered[i].curvature_updates + 1
-            remembered[i] = replace(remembered[i], curvature=c, curvature_updates=updates)
-    ready = [i for i, m in enumerate(remembered) if m.curvature_updates]
-    steps: list[Tensor | None] = [None] * len(params)
-    if ready:
-        moved = _displacements([params[i] for i in ready], [remembered[i] for i in ready], settings)
-        for i, step in zip(ready, moved, strict=True):
-            steps[i] = step
-    return steps, remembered
-
-
-def _displacements(
-    params: Sequence[Tensor], moments: Sequence[Moments], settings: Settings
-) -> Sequence[Tensor]:
-    """What a step adds to parameters that have curvature."""
-    b1, b2 = settings.betas
-    power = settings.hessian_power
-    kept = [1 - b2**m.curvature_updates for m in moments]
-    scales = list(torch._foreach_div([m.curvature for m in moments], kept))
-    if settings.estimand == "rownorm":
-        torch._foreach_sqrt_(scales)
-    else:
-        torch._foreach_abs_(scales)
-    if power != 1:
-        torch._foreach_pow_(scales, power)
-    torch._foreach_add_(scales, settings.eps)
-    scales = [spread(s, p.shape, settings.block_size) for s, p in zip(scales, params, strict=True)]
-    rates = [-settings.lr / (1 - b1**m.steps) for m in moments]
-    steps = torch._foreach_div([m.momentum for m in moments], scales)
-    torch._foreach_mul_(steps, rates)
+    ready = [(p, m) for p, m in zip(params, moments, strict=True) if m.curvature_updates]
+    if not ready:
+        return
+    moved, averages = [p for p, _ in ready], [m.momentum for _, m in ready]
+    power = settings.hessian_power * (0.5 if settings.estimand == "rownorm" else 1.0)
+    scales = _powers([m.curvature for _, m in ready], power, settings.estimand)
+    factors = [(1 - b2**m.curvature_updates) ** power for _, m in ready]
+    torch._foreach_add_(scales, [settings.eps * f for f in factors])
+    size = settings.block_size
+    scales = [spread(s, p.shape, size) for s, p in zip(scales, moved, strict=True)]
+    rates = [-settings.lr * f / (1 - b1**m.steps) for (_, m), f in zip(ready, factors, strict=True)]
     if settings.weight_decay:
-        torch._foreach_add_(steps, list(params), alpha=-settings.lr * settings.weight_decay)
-    return list(steps)
+        torch._foreach_mul_(moved, 1 - settings.lr * settings.weight_decay)
+    torch._foreach_addcdiv_(moved, averages, scales, rates)
+
+
+def _powers(averages: list[Tensor], power: float, estimand: str) -> list[Tensor]:
+    """Averages to the power, their absolute values for the diagonal; new tensors."""
+    if estimand == "rownorm" and power == 0.5:
+        return list(torch._foreach_sqrt(averages))
+    if estimand == "rownorm":
+        return list(torch._foreach_pow(averages, power))
+    sizes = list(torch._foreach_abs(averages))
+    return sizes if power == 1.0 else list(torch._foreach_pow(sizes, power))
