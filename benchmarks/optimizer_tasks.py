@@ -159,8 +159,8 @@ def characters(folder: Path | None) -> Task:
         draw,
         loss,
         cut(held, torch.arange(0, len(held) - length, length)),
-        300,
-        10,
+        200,
+        5,
         likelihood=loss,
     )
 

@@ -77,8 +77,11 @@ def main() -> None:
         for name in args.tasks:
             known = [r for r in read() if r["part"] == "loss" and r["task"] == name]
             task = TASKS[name](None if args.data is None else Path(args.data))
-            new = optimizer_losses.compare(task, names, args.seeds, known)
-            take(new)
+            new = []
+            for row in optimizer_losses.compare(task, names, args.seeds, known):
+                take([row])
+                new.append(row)
+                print(optimizer_losses.show([row]).splitlines()[-1], flush=True)
             print(optimizer_losses.show(new), flush=True)
 
 
