@@ -28,6 +28,7 @@ from curvlib.core.batch import Batch, misread_mean
 from curvlib.core.data import (
     batch_count,
     describe,
+    held_tensors,
     in_memory,
     is_mapping,
     is_pair,
@@ -360,6 +361,7 @@ class Risk:
             parts.append(type(self.data).__name__)
             count = batch_count(self.data)
             parts.append("" if count is None else str(count))
+            parts.append(digest(held_tensors(self.data)))
         return "|".join(parts)
 
     def __repr__(self) -> str:

@@ -14,6 +14,9 @@ from curvlib.influence.directions import Directions
 from curvlib.influence.result import TopInfluence
 from curvlib.influence.scan import Ranked, Scan, ScanState, ranked
 
+#: Relative change of scores between two passes over the data that rounding explains.
+TOLERANCE = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -59,6 +62,8 @@ def kept(
     if rescored or layers or tokens:
         indices = torch.cat([state.top_indices, state.bottom_indices], 1)
         found = _details(scan, parts, indices, tokens=tokens)
+        if not rescored:
+            _require_same(found, torch.cat([state.top_scores, state.bottom_scores], 1))
     width = state.top_indices.shape[1]
     sides = []
     for count, own, where, descending in (
@@ -103,6 +108,19 @@ def _details(scan: Scan, parts: Iterator[Directions], indices: Tensor, *, tokens
         torch.cat(wide),
         torch.cat([part.counts for part in found]),
     )
+
+
+def _require_same(found: Details, scores: Tensor) -> None:
+    """Raises RuntimeError if the second look at examples found others than the scan."""
+    scale = torch.linalg.vector_norm(scores) + 1e-3 * torch.linalg.vector_norm(found.layers)
+    gap = torch.linalg.vector_norm(found.scores - scores) / scale.clamp(min=1e-300)
+    if float(gap) > TOLERANCE:
+        raise RuntimeError(
+            f"the scores of kept examples changed by {float(gap):.0%} when they were looked at "
+            "again: the data comes in another order, or is augmented anew, at every pass; pass "
+            "data that is fixed (shuffle=False, list(loader)), or per_layer=False and "
+            "per_token=False"
+        )
 
 
 def _side(found: Details, at: slice) -> Details:

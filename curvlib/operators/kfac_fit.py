@@ -31,7 +31,7 @@ from curvlib.operators.kfac_sums import (
     add_inputs,
     factor_sums,
 )
-from curvlib.operators.kfac_targets import Direction, directions
+from curvlib.operators.kfac_targets import Direction, counted_examples, directions
 from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass, Watcher
 from curvlib.operators.row_masks import Mask
@@ -150,7 +150,8 @@ class Fit:
             for one in self._watcher.passes(batch):
                 require_finite([use.x for use in one.uses], one, "inputs")
                 if state.phase == FACTORS:
-                    self._add_factors(state, one, found)
+                    kept = counted_examples(one.batch, one.output)
+                    self._add_factors(state, one.keeping(kept), found)
                 else:
                     self._add_eigenvalues(state, one, found.tensors)
         except BaseException:

@@ -101,6 +101,23 @@ def directions(
             yield output, cotangent.to(output.dtype)
 
 
+def counted_examples(batch: Batch, output: Any) -> Tensor | None:
+    """Which examples have a loss term of a weight, bool ``[n]``; ``None`` for all, or unknown.
+
+    The others (ignored targets, classes of weight zero) are as if they were not in the data.
+    """
+    loss, target = batch.risk.loss, batch.target
+    if not loss.known or not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return None
+    with torch.no_grad():
+        weight = term_weights(loss, loss.readable(output, target), target)
+        n = example_count(batch)
+        if not n or weight.numel() % n:
+            return None
+        kept = (weight != 0).reshape(n, -1).any(1)
+    return None if bool(kept.all()) else kept
+
+
 def _sampled(
     batch: Batch, output: Tensor, weight: Tensor, samples: int, seed: str
 ) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,20 @@ class Pass:
             for u, given in zip(self.uses, own, strict=True)
         ]
 
+    def keeping(self, examples: Tensor | None) -> Pass:
+        """The pass with rows of some examples alone, bool ``[n]``, counting for factors."""
+        if examples is None:
+            return self
+        uses = []
+        for use in self.uses:
+            rows = use.rows(self.examples)
+            if use.role == "scale" or rows is None:
+                uses.append(use)
+                continue
+            keep = examples.to(use.x.device)[:, None].expand(-1, rows)
+            uses.append(replace(use, keep=keep if use.keep is None else keep & use.keep))
+        return replace(self, uses=tuple(uses))
+
     def require_unchanged(self) -> None:
         """Raises RuntimeError if an input was changed in place after its layer had read it."""
         for use in self.uses:
@@ -208,19 +222,16 @@ class Watcher:
             _close(_last_rows(a, n), _last_rows(b, 1))
             for a, b in zip(found.uses, single.uses, strict=True)
         )
+        mine, others = next(tensors(single.output), None), next(tensors(found.output), None)
+        if mine is not None and others is not None and not _among(mine, others, n):
+            raise ValueError(
+                f"the last example of batch {found.batch.index} has another output when it is "
+                "alone: examples depend on each other, or the model draws random numbers; put "
+                "BatchNorm into eval mode, and switch off dropout (model.eval())"
+            )
         if same:
             self._verified.add(signature)
-            return True
-        mine, others = next(tensors(single.output), None), next(tensors(found.output), None)
-        if mine is not None and others is not None and others.ndim and others.shape[0] % n == 0:
-            row = others.reshape(n, -1)[n - 1]
-            if row.numel() == mine.numel() and not _close(row, mine):
-                raise ValueError(
-                    f"the last example of batch {found.batch.index} has another output when it is "
-                    "alone: examples depend on each other, or the model draws random numbers; put "
-                    "BatchNorm into eval mode, and switch off dropout (model.eval())"
-                )
-        return False
+        return same
 
     def _single(self, batch: Batch, n: int) -> Pass:
         """The pass of the last example alone, without a graph."""
@@ -347,6 +358,15 @@ def _last_rows(use: Use, n: int) -> Tensor:
         return own
     keep = use.inside.keep.reshape(n, -1)[-1]  # of sequences of several lengths
     return own.reshape(len(keep), -1)[keep]
+
+
+def _among(single: Tensor, output: Tensor, n: int) -> bool:
+    """Whether the last of ``n`` examples has its output where it would be; or that is unknown."""
+    rows = [output.select(d, n - 1) for d in range(output.ndim) if output.shape[d] == n]
+    if output.ndim and output.shape[0] % n == 0:
+        rows.append(output.reshape(n, -1)[n - 1])
+    rows = [row for row in rows if row.numel() == single.numel()]
+    return not rows or any(_close(row, single) for row in rows)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
