@@ -98,10 +98,11 @@ def signed(value: float) -> str:
     """A score with its sign, to three digits.
 
     Example:
-        >>> signed(-0.012345), signed(7.0)
-        ('−0.0123', '+7')
+        >>> signed(-0.012345), signed(7.0), signed(2.5e6)
+        ('−0.0123', '+7', '+2.5e6')
     """
-    return f"{value:+.3g}".replace("-", "−")
+    digits, power, exponent = f"{value:+.3g}".partition("e")
+    return f"{digits}{power}{int(exponent) if power else ''}".replace("-", "−")
 
 
 def escaped(text: str) -> str:

@@ -55,7 +55,7 @@ section { border-top: 2px solid var(--line); margin-top: 2.2rem; padding-top: 1.
 figure { margin: 0; }
 svg { display: block; max-width: 100%; }
 .histogram { width: 100%; height: auto; }
-.tick { fill: var(--soft); font-size: 11px; }
+.tick { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .axis { stroke: var(--soft); stroke-width: 1; }
 rect.all { fill: var(--mid); }
@@ -87,7 +87,8 @@ th, td { padding: .16rem .5rem .16rem 0; vertical-align: top; }
 tbody tr { border-top: 1px solid var(--line); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
   overflow-wrap: normal; }
-.track { width: 26%; min-width: 4rem; vertical-align: middle; background: linear-gradient(90deg,
+.layers tbody th { min-width: 7rem; }
+.track { width: 22%; min-width: 4rem; vertical-align: middle; background: linear-gradient(90deg,
   transparent calc(50% - .5px), var(--soft) 0 calc(50% + .5px), transparent 0); padding: 0; }
 .track span { display: block; height: .6rem; }
 details { margin: .7rem 0; }
