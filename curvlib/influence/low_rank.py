@@ -6,7 +6,10 @@ The preconditioned gradient of a query, :math:`D_q \in \mathbb{R}^{O \times I}`,
 .. math:: l_{nt}^\top D_q\, r_{nt} \approx \sum_{k \le r_q} (l_{nt}^\top L_q)_k (R_q r_{nt})_k .
 
 The memory is :math:`r (O + I)` instead of :math:`O I` for each query, hence so many more queries
-share one scan of the training data (Grosse et al., 2023, section 3.2.2). What is left out is known:
+share one scan of the training data (Grosse et al., 2023, section 3.2.2). Where there are many rows
+of many examples, it is less work to form gradients, and :math:`L_q R_q` of a few queries at a time
+for all of them: :math:`n (T + Q) O I + Q r O I` instead of :math:`n T Q r (O + I)` multiplications.
+What is left out is known:
 with the Frobenius norm of the rest, the score of a gradient :math:`G` is off by
 
 .. math:: |\langle D_q - L_q R_q, G \rangle| \le \|D_q - L_q R_q\|_F \, \|G\|_F
@@ -28,6 +31,8 @@ from curvlib.influence.directions import BlockDirections, DenseDirections
 
 #: Bytes that intermediate products may take.
 CHUNK = 64 * 2**20
+#: Work of writing and reading an entry, in multiplications.
+PASS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,10 @@ class LowRankDirections:
             left: Rows ``[G, n, T, O]``, or indices ``[n, T]`` of rows that are one-hot.
             right: Rows ``[G, n, T, I]``.
         """
-        out = right.new_empty((right.shape[1], self.count))
+        _, n, T, _ = right.shape
+        if left.is_floating_point() and self._formed(n, T):
+            return self._by_gradients((left.mT @ right).transpose(0, 1).flatten(1))
+        out = right.new_empty((n, self.count))
         for at, products in self._products(left, right):
             out[at] = self._summed(products.sum((0, 2)))
         return out
@@ -117,6 +125,27 @@ class LowRankDirections:
     def dense(self) -> Tensor:
         """The directions as matrices, ``[Q, G, O, I]``."""
         return torch.stack([self.left[..., at] @ self.right[:, at] for at in spans(self.ranks)])
+
+    def _formed(self, n: int, T: int) -> bool:
+        """Whether gradients of ``n`` examples with ``T`` rows are less work than the rows."""
+        _, O, I = self.shape  # noqa: E741 (the axes of outputs and inputs)
+        total, count = self.left.shape[2], self.count
+        forming = (n * (T + count + PASS) + total + PASS * count) * O * I
+        return forming < n * T * total * (O + I + PASS)
+
+    def _by_gradients(self, rows: Tensor) -> Tensor:
+        """Scores of gradients ``[n, G O I]``, with a few directions at a time as matrices."""
+        G, O, I = self.shape  # noqa: E741
+        out = rows.new_empty((len(rows), self.count))
+        places = spans(self.ranks)
+        step = max(1, CHUNK // max(1, G * O * I * rows.element_size()))
+        for start in range(0, self.count, step):
+            few = places[start : start + step]
+            matrices = rows.new_empty((len(few), G, O, I))
+            for own, at in zip(matrices, few, strict=True):
+                torch.bmm(self.left[..., at], self.right[:, at], out=own)
+            out[:, start : start + step] = rows @ matrices.flatten(1).mT
+        return out
 
     def _products(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """For some examples at a time, the terms of all queries, ``[G, n, T, R]``."""

@@ -76,7 +76,7 @@ def squares(
         L = left[:, :, first] * left[:, :, second]
         R = right[:, :, first] * right[:, :, second] * twice
         return torch.bmm(L.flatten(1, 2).mT, R.flatten(1, 2))
-    return matrices(left, right, bases, way).square().sum(1)
+    return matrices(left, right, bases, way).square_().sum(1)
 
 
 def matrices(

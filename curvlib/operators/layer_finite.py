@@ -20,15 +20,16 @@ def require_finite(tensors: Sequence[Tensor | None], one: Pass, what: str) -> No
         what: What they are, for the message.
     """
     found = [
-        (use.layer, tensor.detach().abs().amax().double())
+        (use.layer, tensor.detach())
         for use, tensor in zip(one.uses, tensors, strict=True)
         if tensor is not None and tensor.numel() and tensor.is_floating_point()
     ]
     if not found:
         return
-    sizes = torch.stack([size for _, size in found]).tolist()
-    for (name, _), size in zip(found, sizes, strict=True):
-        if not math.isfinite(size):
+    sums = torch.stack([tensor.sum().double() for _, tensor in found]).tolist()
+    for (name, tensor), total in zip(found, sums, strict=True):
+        # a sum may overflow alone
+        if not math.isfinite(total) and not bool(torch.isfinite(tensor).all()):
             raise FloatingPointError(
                 f"the {what} of layer {name!r} are not finite at batch {one.batch.index}; look at "
                 "the data and the layers before it (after it, for gradients), or use a higher "

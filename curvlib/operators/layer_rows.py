@@ -24,7 +24,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def input_matrix(
     layer: FactoredLayer, uses: Sequence[Use], n: int, at: slice, dtype: torch.dtype
 ) -> Tensor:
-    """Input rows of some examples, of all uses, ``[G, n, T, I]``.
+    """Input rows of some examples, of all uses, ``[G, n, T, I]``; perhaps the memory of a use.
 
     Args:
         layer: A layer.
@@ -33,7 +33,7 @@ def input_matrix(
         at: Which examples.
         dtype: Type of the rows.
     """
-    return torch.cat([_inputs(layer, use, n, at, dtype) for use in uses], 2)
+    return _of_all([_inputs(layer, use, n, at, dtype) for use in uses])
 
 
 def output_matrix(
@@ -44,7 +44,7 @@ def output_matrix(
     at: slice,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of gradients at the outputs, of all uses, ``[G, n, T, O]``."""
+    """Rows of gradients at the outputs, of all uses, ``[G, n, T, O]``; perhaps their memory."""
     found = []
     for use, gradient in zip(uses, gradients, strict=True):
         g = _gradient(use, gradient, dtype)
@@ -56,7 +56,7 @@ def output_matrix(
             g = g.movedim(1, -1)
         rows = g.reshape(n, -1, *layer.shape[:2])[at]
         found.append(rows.permute(2, 0, 1, 3))
-    return torch.cat(found, 2)
+    return _of_all(found)
 
 
 def kept_rows(uses: Sequence[Use], n: int, at: slice) -> Tensor | None:
@@ -133,6 +133,11 @@ def normalized(use: Use) -> Tensor:
             )
     out: Tensor = ends[0] - ends[1]
     return out
+
+
+def _of_all(rows: list[Tensor]) -> Tensor:
+    """Rows of all uses, ``[G, n, T, d]``; of a single one without a copy."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
 
 
 def _per_example(use: Use, product: Tensor, n: int, at: slice) -> Tensor:

@@ -32,6 +32,23 @@ sizes = st.tuples(
 )  # Q, G, O, I
 
 
+@pytest.mark.parametrize(("n", "rows"), [(1, 1), (2, 3), (30, 40)])
+@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (1, 4, 0, 2)])
+def test_rows_or_gradients_give_the_same(monkeypatch, n, rows, ranks):
+    """Many rows of many examples are contracted as gradients, few as rows; also in parts."""
+    total = sum(ranks)
+    low = LowRankDirections(
+        normal(2, 6, total), normal(2, total, 5), torch.tensor(ranks), torch.zeros(4)
+    )
+    left, right = normal(2, n, rows, 6, seed=1), normal(2, n, rows, 5, seed=2)
+    expected = torch.einsum("gnto,qgoi,gnti->nq", left, low.dense(), right)
+    assert low._formed(n, rows) == (n == 30)
+    for chunk in (2**20, 2 * 2 * 6 * 5 * 8):
+        monkeypatch.setattr("curvlib.influence.low_rank.CHUNK", chunk)
+        found = low.contract(left, right)
+        assert torch.allclose(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @given(sizes, st.integers(1, 5), st.integers(1, 6), st.floats(0.05, 1.0), st.integers(0, 999))
 @settings(max_examples=120, deadline=None)
 def test_scores_are_never_further_off_than_the_bound(shape, rank, rows, decay, seed):

@@ -340,7 +340,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     options = {"model": model, "tokenizer": characters, "texts": ["abc"], "params": "body.*"}
     options |= change
     with pytest.raises(error, match=message):
-        for_causal_lm(**options, progress=False)  # type: ignore[arg-type]  # wrong on purpose
+        for_causal_lm(**options, progress=False)
 
 
 def test_what_cannot_be_asked() -> None:
@@ -382,7 +382,7 @@ def test_which_layers() -> None:
     assert len(linear_layers(untied)) == 7
     for p in model.parameters():
         p.requires_grad_(False)
-    model.get_submodule("transformer.h.1.mlp.c_fc").weight.requires_grad_(True)  # type: ignore[union-attr]  # a tensor
+    model.get_submodule("transformer.h.1.mlp.c_fc").weight.requires_grad_(True)
     assert linear_layers(model) == [model.get_submodule("transformer.h.1.mlp.c_fc")]
     for p in model.parameters():
         p.requires_grad_(False)
