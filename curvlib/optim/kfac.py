@@ -10,7 +10,7 @@ costs four small matrix products for each layer, and there are no hooks on the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from curvlib.operators.coverage import Coverage
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
+from curvlib.optim.gradients import finite
 from curvlib.optim.layer_curvature import LayerCurvature, advanced
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
 from curvlib.optim.layer_watch import LayerWatch
@@ -33,6 +34,15 @@ from curvlib.optim.shell import CurvatureOptimizer, Gradients
 _FISHERS = ("empirical", "mc")
 _SHARING = ("expand", "reduce")
 _GATES = ("joint", "separate")
+
+
+class _Known(NamedTuple):
+    """What a step changes at its end."""
+
+    layers: dict[str, LayerCurvature]
+    inverses: dict[str, Inverse]
+    decomposed_at: int | None
+    failed: int
 
 
 class KFAC(CurvatureOptimizer):
@@ -82,6 +92,10 @@ class KFAC(CurvatureOptimizer):
         seed: Of the sampled labels, which depend on the seed, the step and the example alone.
         process_group: Replicas of data-parallel training; the default group if
             ``torch.distributed`` is initialized.
+
+    Attributes:
+        layers: What is known of each layer, by name.
+        failed: Eigendecompositions that did not converge: such a layer keeps its old basis.
 
     Raises:
         TypeError: If an argument has another type.
@@ -157,6 +171,7 @@ class KFAC(CurvatureOptimizer):
         self.output = output
         self.layers: dict[str, LayerCurvature] = {}
         self.decomposed_at: int | None = None
+        self.failed = 0
         self._inverses: dict[str, Inverse] = {}
         self._scale = 1.0
         self._watch = self._watching()
@@ -255,7 +270,9 @@ class KFAC(CurvatureOptimizer):
 
     # --------------------------------------------------------------------------- update
     def _update(self, gradients: Gradients) -> bool | None:
-        layers, inverses, decomposed_at = self._advanced()
+        known = self._advanced()
+        if known is None:
+            return False
         members = {
             id(p): Member(p, g, group)
             for group, grads in zip(self.param_groups, gradients, strict=True)
@@ -267,8 +284,8 @@ class KFAC(CurvatureOptimizer):
             [(layer, self._watch.places[layer.name]) for layer in recorder.layers],
             recorder.params,
             members,
-            layers,
-            inverses,
+            known.layers,
+            known.inverses,
             relative=self.relative,
             dtype=recorder.dtype,
         )
@@ -280,10 +297,10 @@ class KFAC(CurvatureOptimizer):
             return False
         rest = []
         for m in (m for key, m in members.items() if key not in natural):
-            known = self.state.get(m.parameter, {})
-            change, state = rest_change(self.inner, m.parameter, m.gradient, known, m.group)
+            old = self.state.get(m.parameter, {})
+            change, state = rest_change(self.inner, m.parameter, m.gradient, old, m.group)
             rest.append((m.parameter, change, state))
-        self.layers, self._inverses, self.decomposed_at = layers, inverses, decomposed_at
+        self.layers, self._inverses, self.decomposed_at, self.failed = known
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in natural]
             each = [(products[id(p)], float(group["lr"])) for p in params]
@@ -294,12 +311,13 @@ class KFAC(CurvatureOptimizer):
             self.state[p].update(state)
         return None
 
-    def _advanced(self) -> tuple[dict[str, LayerCurvature], dict[str, Inverse], int | None]:
-        """Factors, inverses and the step of the last decomposition, with what is pending."""
+    def _advanced(self) -> _Known | None:
+        """What is known with what is pending; ``None`` if that is not finite."""
+        known = _Known(self.layers, dict(self._inverses), self.decomposed_at, self.failed)
         if not self.pending:
-            return self.layers, dict(self._inverses), self.decomposed_at
-        last = self.decomposed_at
-        again = last is None or self.clock.steps - last >= self.inverse_interval
+            return known
+        last, now = self.decomposed_at, self.clock.steps
+        again = last is None or now - last >= self.inverse_interval
         batch = batch_curvature(
             self.recorder.layers,
             self.pending,
@@ -307,15 +325,19 @@ class KFAC(CurvatureOptimizer):
             sum_of_terms=self.loss is not None and self.loss.reduction == "sum",
             ranks=self.replicas,
         )
+        if not finite(t for own in batch.values() for t in own):
+            return None
         corrected, decay = self.eigen_corrected, self.factor_decay
-        layers, changed = advanced(self.layers, batch, decay, decompose=again, corrected=corrected)
+        layers, changed, failed = advanced(
+            self.layers, batch, decay, decompose=again, corrected=corrected
+        )
         inverses = {name: own for name, own in self._inverses.items() if name not in changed}
-        return layers, inverses, self.clock.steps if again else last
+        return _Known(layers, inverses, now if again else last, self.failed + failed)
 
     # ---------------------------------------------------------------------------- state
     def _extra_state(self) -> dict[str, Any]:
         layers = {name: own.plain() for name, own in self.layers.items()}
-        return {"layers": layers, "decomposed_at": self.decomposed_at}
+        return {"layers": layers, "decomposed_at": self.decomposed_at, "failed": self.failed}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = next(p.device for _, p, _ in self.parameters())
@@ -329,6 +351,7 @@ class KFAC(CurvatureOptimizer):
                 "has not; load a state of the same model"
             )
         self.layers, self.decomposed_at = layers, state["decomposed_at"]
+        self.failed = state["failed"]
         self._inverses = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -138,8 +138,11 @@ def advanced(
     *,
     decompose: bool,
     corrected: bool,
-) -> tuple[dict[str, LayerCurvature], set[str]]:
-    """What is known of all layers with one batch more, and of which eigenvalues changed.
+) -> tuple[dict[str, LayerCurvature], set[str], int]:
+    """What is known of all layers with one batch more, whose eigenvalues changed, how many failed.
+
+    Layers whose decomposition does not converge keep their basis, or are left out if they have
+    none.
 
     Args:
         layers: What is known so far.
@@ -148,14 +151,21 @@ def advanced(
         decompose: Whether it is time for new bases.
         corrected: Whether eigenvalues are corrected.
     """
-    found, changed = dict(layers), set()
+    found, changed, failed = dict(layers), set(), 0
     for name, (left, right, squares) in batch.items():
         old = layers.get(name)
         if old is not None and old.shapes != (left.shape, right.shape):
             old = None  # a bias was frozen, or set free
         new = updated(old, left, right, squares, decay)
         fresh = decompose or new.left_values is None
-        found[name] = new.decomposed(corrected=corrected) if fresh else new
+        try:
+            found[name] = new.decomposed(corrected=corrected) if fresh else new
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in the stubs
+            failed += 1
+            if new.left_values is None:
+                found.pop(name, None)
+                continue
+            found[name] = new
         if fresh or corrected:
             changed.add(name)
-    return found, changed
+    return found, changed, failed

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -587,3 +588,77 @@ def test_curvature_that_cannot_be_had() -> None:
     state["curvlib"]["extra"]["layers"] = {"7": {}}
     with pytest.raises((ValueError, TypeError), match="has not; load a state|missing"):
         KFAC(twin).load_state_dict(state)
+
+
+# ---------------------------------------------------------- decompositions that do not converge
+class Failing:
+    """``torch.linalg.eigh`` that fails in some of its calls."""
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        self.fails, self.calls, self.own = fails, 0, torch.linalg.eigh
+
+    def __call__(self, matrix: Tensor) -> Any:
+        self.calls += 1
+        if self.fails(self.calls):
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return self.own(matrix)
+
+
+def test_a_second_try_with_jitter_is_the_same_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    factor = torch.diag(torch.tensor([1.0, 2.0, 2.0, 5.0], dtype=F64)).expand(2, 4, 4)
+    expected, _ = eigenbasis(factor)
+    monkeypatch.setattr(torch.linalg, "eigh", Failing(lambda call: call == 1))
+    values, vectors = eigenbasis(factor)
+    torch.testing.assert_close(values, expected, rtol=1e-8, atol=0.0)
+    again = vectors @ torch.diag_embed(values) @ vectors.mT
+    torch.testing.assert_close(again, factor, rtol=0.0, atol=1e-8)
+    monkeypatch.setattr(torch.linalg, "eigh", Failing(lambda call: True))
+    with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
+        eigenbasis(factor)
+
+
+@pytest.mark.parametrize("eigen_corrected", [False, True])
+def test_a_basis_is_kept_where_there_is_no_new_one(
+    monkeypatch: pytest.MonkeyPatch, eigen_corrected: bool
+) -> None:
+    model, x, y = small()
+    opt = KFAC(model, **{**PLAIN, "lr": 0.01}, eigen_corrected=eigen_corrected)
+
+    def step() -> None:
+        opt.step(lambda: F.cross_entropy(model(x), y))
+
+    step()
+    before = opt.layers
+    monkeypatch.setattr(torch.linalg, "eigh", Failing(lambda call: True))
+    step()
+    assert (opt.failed, opt.skipped, opt.clock.steps) == (2, 0, 2)
+    for name, own in opt.layers.items():
+        assert torch.equal(own.right_basis, before[name].right_basis)
+        assert not torch.equal(own.right, before[name].right)
+    assert opt.state_dict()["curvlib"]["extra"]["failed"] == 2
+    monkeypatch.undo()
+    step()
+    assert opt.failed == 2
+    assert not torch.equal(opt.layers["0"].right_basis, before["0"].right_basis)
+
+
+def test_layers_without_any_basis_have_the_inner_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = small()
+    opt = KFAC(model, **PLAIN)
+    monkeypatch.setattr(torch.linalg, "eigh", Failing(lambda call: call <= 2))  # of the first side
+    opt.step(lambda: F.cross_entropy(model(x), y))
+    assert opt.failed == 1
+    assert set(opt.coverage().uncovered) == {"0.weight", "0.bias"}
+    opt.step(lambda: F.cross_entropy(model(x), y))
+    assert opt.coverage().percent == 100.0
+
+
+def test_factors_that_overflow_skip_the_step() -> None:
+    model = nn.Linear(2, 1)
+    x, y = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 1)
+    opt = KFAC(model, **PLAIN)
+    before = flat(model)
+    opt.step(lambda: F.mse_loss(model(x), y) * 2e19)  # sums of squares are finite, means are not
+    assert (opt.skipped, opt.clock.steps) == (1, 0)
+    assert torch.equal(flat(model), before)
+    assert not opt.layers

@@ -35,6 +35,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Relative to a factor's mean eigenvalue; up to twice as much, to set equal eigenvalues apart.
+JITTER = 1e-9
+
 
 def averaged(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
     """The moving average with one value more; of ``new`` alone it is ``(1 - decay) * new``.
@@ -56,11 +59,21 @@ def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues ``[G, n]``, none negative, and eigenvectors ``[G, n, n]`` of a factor.
 
     A diagonal factor has no eigenvectors. Decomposed in float64, returned in the factor's type.
+    Where that does not converge, it is tried again with :data:`JITTER` on the diagonal.
+
+    Raises:
+        torch.linalg.LinAlgError: If it does not converge then, either.
     """
     if factor.ndim == 2:
         return factor.clamp(min=0.0), None
     wide = factor.to(torch.float64)
-    values, vectors = torch.linalg.eigh(0.5 * (wide + wide.mT))
+    wide = 0.5 * (wide + wide.mT)
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in the stubs
+        size = wide.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) * JITTER
+        apart = torch.linspace(1.0, 2.0, wide.shape[-1], dtype=wide.dtype, device=wide.device)
+        values, vectors = torch.linalg.eigh(wide + torch.diag_embed(size * apart))
     return values.clamp_(min=0.0).to(factor.dtype), vectors.to(factor.dtype)
 
 
