@@ -67,8 +67,8 @@ def terms(
     own = [
         (use, gradient)
         for use, gradient in zip(found.one.uses, found.outputs, strict=True)
-        if use.layer == block.name and gradient is not None
-    ]
+        if use.layer == block.name and gradient is not None and use.rows(n) != 0
+    ]  # (an expert that gets no token may be called with no row)
     matrices = [(use, g) for use, g in own if use.role == "matrix"]
     for group in [[pair] for pair in matrices] if apart else [matrices]:
         if group:
