@@ -11,22 +11,23 @@ from the output's own distribution, and their scores are pulled back through the
 layers' outputs; the graph is then there still, and so this works with ``loss.backward()``, too.
 
 A pass is handed over when its gradients have come and the next forward pass begins, or by
-:meth:`LayerRecorder.flush`. Up to 8 passes wait for theirs. Under ``torch.no_grad`` nothing is
-recorded, nor in reentrant checkpointing. Examples lie along the first axis of the model's input and of the layers' inputs (or
-folded into it, example after example); where that matters, :meth:`Recorded.aligned` says whether
-the shapes agree with it.
+:meth:`LayerRecorder.flush`. Up to 8 passes wait for theirs. Under ``torch.no_grad``, and in
+reentrant checkpointing, nothing is recorded. Examples lie along the first axis of the model's input
+and of the layers' inputs (or folded into it, example after example); where that matters
+(``apart``), another order is found (:mod:`curvlib.operators.row_order`), and
+:meth:`Recorded.aligned` says whether there is one.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from curvlib.core.data import describe, tensors
@@ -39,6 +40,7 @@ from curvlib.operators.kfac_layers import factored_layers
 from curvlib.operators.layer_replay import ModuleCall
 from curvlib.operators.layer_uses import Use
 from curvlib.operators.live_labels import pulled_back, require_samplable, require_terms
+from curvlib.operators.open_pass import NotedCall, OpenPass
 from curvlib.operators.recorded import Recorded
 from curvlib.operators.recorder_hooks import (
     GradientHook,
@@ -47,6 +49,7 @@ from curvlib.operators.recorder_hooks import (
     in_backward,
     remove,
 )
+from curvlib.operators.row_order import RowOrder
 
 _WAITING = 8
 
@@ -58,30 +61,6 @@ class _Model:
     model: nn.Module
     params: Mapping[str, Tensor]
     space: ParamSpace
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A call of a layer's module, or of a module that is replayed, and where its gradients go."""
-
-    use: Use | None
-    replay: tuple[HiddenReplay, ModuleCall] | None
-    slots: slice
-
-
-@dataclass(eq=False)
-class _Pass:
-    """A forward pass that is going on, or waits for its gradients."""
-
-    examples: int | None = None
-    inputs: Any = None
-    output: Any = None
-    calls: list[_Call] = field(default_factory=list)
-    gradients: list[Tensor | None] = field(default_factory=list)
-    edges: list[GradientEdge | None] = field(default_factory=list)
-    sampled: list[Tensor | None] | None = None
-    terms: Tensor | None = None
-    reached: bool = False
 
 
 class LayerRecorder:
@@ -101,6 +80,8 @@ class LayerRecorder:
         max_side: As in :func:`curvlib.kfac`.
         gates: Whether the gates of recurrent modules have one left factor, ``"joint"``, or one
             each, ``"separate"``.
+        apart: Of which layers rows have to be told apart by example: ``"none"``, ``"scales"`` or
+            ``"all"``.
 
     Attributes:
         layers: The factored layers.
@@ -138,6 +119,7 @@ class LayerRecorder:
         dense_norms: bool = False,
         max_side: int = 8192,
         gates: str = "joint",
+        apart: str = "none",
     ) -> None:
         chosen = select(model, params)
         if has_compiled(model):
@@ -163,8 +145,9 @@ class LayerRecorder:
         self.uncovered = uncovered
         self.replays = [HiddenReplay(m, own) for m, own in layers_inside(layers).items()]
         self.called = dict.fromkeys((layer.name for layer in self.layers), 0)
+        self.order = RowOrder.of(layers, apart)
         self._handles: list[RemovableHandle] = []
-        self._passes: list[_Pass] = []
+        self._passes: list[OpenPass] = []
         self.pulling = False
 
     # ------------------------------------------------------------------ switches
@@ -230,16 +213,16 @@ class LayerRecorder:
         if torch.is_grad_enabled() and not in_backward():
             self._open((args, kwargs))
 
-    def _open(self, inputs: Any) -> _Pass:
+    def _open(self, inputs: Any) -> OpenPass:
         self.hand_over()
         del self._passes[: max(0, len(self._passes) - _WAITING + 1)]
         first = next((t for t in tensors(inputs) if t.ndim), None)
         count = None if first is None else first.shape[0]
-        found = _Pass(examples=count, inputs=inputs if self.sampled else None)
+        found = OpenPass(examples=count, inputs=inputs if self.sampled else None)
         self._passes.append(found)
         return found
 
-    def _current(self, inputs: Any) -> _Pass:
+    def _current(self, inputs: Any) -> OpenPass:
         """The pass that a call belongs to: layers may be called outside of the model's call."""
         if self._passes and not self._passes[-1].reached:
             return self._passes[-1]
@@ -252,9 +235,9 @@ class LayerRecorder:
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         found = self._current((args, kwargs))
-        slots = self._watched(found, [output])
         use = Use(layer, module, role, x, x._version, None, tuple(output.shape), None)
-        found.calls.append(_Call(use, None, slots))
+        slots = self._watched(found, [output], edges=self.order.unclear(use, found.examples))
+        found.calls.append(NotedCall(use, None, slots))
         self.called[layer] += 1
 
     def _note_replay(
@@ -266,14 +249,15 @@ class LayerRecorder:
         outputs = tuple(tensors(output if taken is None else taken))
         found = self._current((args, kwargs))
         own = ModuleCall(detached(args), detached(kwargs), detached(outputs))
-        found.calls.append(_Call(None, (replay, own), self._watched(found, outputs)))
+        found.calls.append(NotedCall(None, (replay, own), self._watched(found, outputs)))
         return taken
 
-    def _watched(self, found: _Pass, outputs: Sequence[Tensor]) -> slice:
+    def _watched(self, found: OpenPass, outputs: Sequence[Tensor], *, edges: bool = False) -> slice:
         """Watches for gradients at outputs of a call; where they will be found."""
         start = len(found.gradients)
         for tensor in outputs:
-            edge = get_gradient_edge(tensor) if self.sampled and tensor.requires_grad else None
+            wanted = (self.sampled or edges) and tensor.requires_grad
+            edge = get_gradient_edge(tensor) if wanted else None
             index = len(found.gradients)
             found.edges.append(edge)
             found.gradients.append(None)
@@ -285,6 +269,7 @@ class LayerRecorder:
         if not torch.is_grad_enabled() or not self._passes or in_backward():
             return
         found = self._passes[-1]
+        self._find_order(found, output)
         if self.sampled or self.loss is not None:
             found.output = output
             me, own = weakref.ref(self), weakref.ref(found)
@@ -292,14 +277,29 @@ class LayerRecorder:
                 if tensor.requires_grad:
                     tensor.register_hook(GradientHook(me, own, i, of_output=True))
 
+    def _find_order(self, found: OpenPass, output: Any) -> None:
+        n, unclear = found.examples, []
+        for call in found.calls:
+            edge = found.edges[call.slots.start] if call.use is not None else None
+            if call.use is not None and edge is not None and self.order.unclear(call.use, n):
+                unclear.append((call.use, edge))
+        if unclear and n is not None:
+            self.pulling = True
+            try:
+                self.order.find(output, unclear, n)
+            finally:
+                self.pulling = False
+        if not self.sampled:
+            found.edges = [None] * len(found.edges)
+
     # ----------------------------------------------------------------- gradients
-    def arrived(self, found: _Pass, index: int, gradient: Tensor) -> None:
+    def arrived(self, found: OpenPass, index: int, gradient: Tensor) -> None:
         """A gradient at the output of a layer."""
         before = found.gradients[index]
         found.reached = True
         found.gradients[index] = gradient.detach() if before is None else before + gradient
 
-    def arrived_at_output(self, found: _Pass, index: int, gradient: Tensor) -> None:
+    def arrived_at_output(self, found: OpenPass, index: int, gradient: Tensor) -> None:
         """A gradient at an output of the model: labels are drawn at the first."""
         if found.terms is not None:
             return
@@ -347,15 +347,16 @@ class LayerRecorder:
         """Forgets passes whose gradients have come, for they are set to zero."""
         self._passes = [found for found in self._passes if not found.reached]
 
-    def _recorded(self, found: _Pass) -> Recorded:
+    def _recorded(self, found: OpenPass) -> Recorded:
         sets = [found.gradients] if found.sampled is None else [found.gradients, found.sampled]
         uses: list[Use] = []
         gradients: list[list[Tensor | None]] = [[] for _ in sets]
         for call in found.calls:
             given = [own[call.slots] for own in sets]
             if call.use is not None:
-                uses.append(call.use)
-                for mine, (one,) in zip(gradients, given, strict=True):
+                use, turned = self.order.turned(call.use, [own[0] for own in given])
+                uses.append(use)
+                for mine, one in zip(gradients, turned, strict=True):
                     mine.append(one)
             if call.replay is not None:
                 replay, own_call = call.replay
@@ -388,4 +389,9 @@ class LayerRecorder:
             count,
             terms if found.terms is None else found.terms.to(device),
             self.loss is not None and self.loss.reduction == "sum",
+            frozenset(
+                call.use.layer
+                for call in found.calls
+                if call.use is not None and self.order.mixed(call.use, count)
+            ),
         )

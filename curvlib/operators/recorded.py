@@ -35,6 +35,7 @@ class Recorded:
         examples: How many examples there are.
         terms: ``W``, loss terms, float64: see :class:`LayerRecorder`.
         sum_of_terms: Whether the loss is a sum, so that gradients are not divided by ``terms``.
+        mixed: Layers whose rows are in another order than example after example.
     """
 
     uses: tuple[Use, ...]
@@ -43,10 +44,13 @@ class Recorded:
     examples: int
     terms: Tensor
     sum_of_terms: bool
+    mixed: frozenset[str] = frozenset()
 
     def aligned(self, layer: str) -> bool:
         """Whether rows of a layer can be told apart by example."""
-        return all(use.rows(self.examples) is not None for use in self.uses if use.layer == layer)
+        return layer not in self.mixed and all(
+            use.rows(self.examples) is not None for use in self.uses if use.layer == layer
+        )
 
     def merged(self) -> Recorded:
         """The same with all rows as one example, which is enough for sums over rows."""

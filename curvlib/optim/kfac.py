@@ -64,7 +64,8 @@ class KFAC(CurvatureOptimizer):
         damping: :math:`\lambda`, above 0 unless all factors have full rank.
         relative: Whether it is a fraction of the layer's mean eigenvalue.
         eigen_corrected: Whether eigenvalues are E-KFAC's. Then, and with ``sharing="reduce"``,
-            examples must lie along the first axis of the model's and the layers' inputs.
+            examples must lie along the first axis of the model's input. Layers whose rows are
+            arranged otherwise than along the first or second axis then have no factors.
         fisher: ``"empirical"``: squares of the gradients of the loss itself; or ``"mc"``: of
             labels that are drawn from the model's own predictions, whose expectation is the
             Fisher matrix proper (an additional backward pass in steps with factors).
@@ -174,6 +175,7 @@ class KFAC(CurvatureOptimizer):
         self.failed = 0
         self._inverses: dict[str, Inverse] = {}
         self._scale = 1.0
+        self._left_out: dict[str, str] = {}
         self._watch = self._watching()
         params = model.parameters() if params is None else params
         defaults = {
@@ -205,7 +207,8 @@ class KFAC(CurvatureOptimizer):
         """Which parameters have factors; and why the others get the inner optimizer's step."""
         idle = "its module was not called when factors were last updated, or got no gradient"
         known = self._watch.layers if self.clock.curvature_updates else ()
-        return self._watch.coverage({name: idle for name in known if name not in self.layers})
+        why = dict.fromkeys(known, idle) | self._left_out
+        return self._watch.coverage({n: why[n] for n in known if n not in self.layers})
 
     def take(self, found: Recorded) -> None:
         """Adds what a pass showed to the pending sums."""
@@ -215,7 +218,7 @@ class KFAC(CurvatureOptimizer):
             self.pending = zero_sums(layers, self.recorder.dtype, bases, found.terms.device)
         sampled, reduce = self.fisher == "mc", self.sharing == "reduce"
         scale = 1.0 if sampled else self._scale
-        add_pass(
+        self._left_out = add_pass(
             layers, found, self.pending, sampled=sampled, reduce=reduce, scale=scale, bases=bases
         )
 
@@ -229,6 +232,7 @@ class KFAC(CurvatureOptimizer):
             dense_norms=self.dense_norms,
             max_side=self.max_side,
             gates=self.gates,
+            apart="all" if self.eigen_corrected or self.sharing == "reduce" else "scales",
         )
 
     # ---------------------------------------------------------------------------- shell

@@ -56,7 +56,7 @@ def add_pass(
     reduce: bool,
     scale: float,
     bases: Mapping[str, LayerCurvature],
-) -> None:
+) -> dict[str, str]:
     """Adds one pass to the sums.
 
     Args:
@@ -68,9 +68,11 @@ def add_pass(
         scale: What the user's loss was multiplied by.
         bases: Bases of corrected eigenvalues.
 
+    Returns:
+        Why layers were left out: rows have to be told apart by example, and cannot.
+
     Raises:
-        RuntimeError: If rows have to be told apart by example, and cannot; or no labels could be
-            drawn.
+        RuntimeError: If no labels could be drawn.
     """
     raw = found.sampled if sampled else found.gradients
     if raw is None:
@@ -79,6 +81,7 @@ def add_pass(
             "labels can be drawn from it; call that model itself, or use fisher='empirical'"
         )
     gradients = [g if g is None or scale == 1.0 else unscaled(g, scale) for g in raw]
+    left_out = {}
     for layer in layers:
         if not any(use.layer == layer.name for use in found.uses):
             continue
@@ -86,12 +89,12 @@ def add_pass(
         own = found
         if not found.aligned(layer.name):
             if reduce or squares is not None or "scale" in layer.roles:
-                raise RuntimeError(
-                    f"rows of layer {layer.name!r} cannot be told apart by example: its input's "
-                    f"first axis is no multiple of the {found.examples} examples of the model's "
-                    "input; use sharing='expand' without eigen_corrected, and leave normalization "
-                    "layers there out with params="
+                left_out[layer.name] = (
+                    f"its rows cannot be told apart by the {found.examples} examples of the "
+                    "model's input, as normalization layers, sharing='reduce' and "
+                    "eigen_corrected=True need; put examples along the first axis"
                 )
+                continue
             own = found.merged()
         keys = [f"{layer.name}|{role}" for role in layer.roles]
         sums = Sums(
@@ -106,6 +109,7 @@ def add_pass(
             adder = EigenvalueSums([layer], {layer.name: bases[layer.name].basis})
             adder.add(layer, own, gradients, squares)
     pending["terms"] += found.terms
+    return left_out
 
 
 def batch_curvature(
