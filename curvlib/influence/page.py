@@ -91,6 +91,15 @@ class Page:
         shown: Proponents and opponents of each query that are shown whole; others are listed.
         provenance: More lines for the table at the end, by name.
         date: When it was made; now when omitted.
+
+    Example:
+        >>> import curvlib as cl
+        >>> model, x = torch.nn.Linear(1, 1), torch.ones(3, 1)
+        >>> risk = cl.Risk(model, torch.nn.MSELoss(), (x, x))
+        >>> from curvlib.influence.influence import Influence
+        >>> top = Influence.of(risk, "identity", progress=False).top((x[:1], x[:1]), k=1)
+        >>> "the first" in Page(top, Contents(train=["the first", "the second", "..."])).html()
+        True
     """
 
     top: TopInfluence
@@ -130,8 +139,13 @@ class Page:
             "without it, the loss would be lower."
         )
         legend = ""
-        if top.per_token is not None and top.per_token.shape[2] > 1:
+        if top.per_layer is not None:
             legend = (
+                '<p class="legend"><span>Small bars: parts of the score by layer, first to last, '
+                "positive upwards (point at them for names and numbers)</span></p>"
+            )
+        if top.per_token is not None and top.per_token.shape[2] > 1:
+            legend += (
                 '<p class="legend"><span>Shade of a token: its part of the score <span '
                 'class="downer">−</span><span class="ramp" role="img" aria-label="from orange, '
                 'negative, to blue, positive"></span><span class="upper">+</span> (deepest: the '
@@ -194,7 +208,7 @@ class Page:
         best = float(top.scores[q, 0]) if top.scores.shape[1] else mean
         far = f"; the highest is {(best - mean) / std:.3g} of these above" if std > 0.0 else ""
         scores = _many(top.examples, "score")
-        text = f"{scores}: mean {signed(mean)}, standard deviation {std:.3g}{far}."
+        text = f"{scores}: mean {signed(mean)}, standard deviation {signed(std)[1:]}{far}."
         how = (
             ""
             if found.exact

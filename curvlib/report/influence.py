@@ -14,7 +14,7 @@ from curvlib.core.risk import Risk
 from curvlib.influence.page import Contents, Page
 from curvlib.influence.result import TopInfluence
 from curvlib.operators.example_contents import example_contents
-from curvlib.report.files import number, versions, write_command, write_numbers
+from curvlib.report.files import number, write_command, write_numbers
 
 #: Queries and examples of each that the terminal shows.
 SHOWN = 5
@@ -126,7 +126,6 @@ def write(search: Search, folder: str | os.PathLike[str], command: str) -> list[
         "queries from": search.queries,
         "parameters": f"{search.parameters:,}",
         "wall time": f"{search.seconds:.1f} s{' (the last run)' if search.resumed else ''}",
-        "libraries": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     page = Page(
         search.top,

@@ -315,7 +315,7 @@ def test_numbers() -> None:
 def decoded(address: str) -> np.ndarray[Any, Any]:
     """The pixels, 0 to 255, as another reader of PNG sees them."""
     data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
-    return np.rint(255.0 * matplotlib.image.imread(io.BytesIO(data), format="png"))
+    return np.rint(255.0 * np.asarray(matplotlib.image.imread(io.BytesIO(data), format="png")))
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 5, 7), (5, 7, 1), (3, 5, 7), (5, 7, 3)])
@@ -423,7 +423,9 @@ def test_bars_of_layers_are_sums_over_what_is_kept(tmp_path: Path) -> None:
 def test_many_layers_are_told_in_short(tmp_path: Path) -> None:
     layers = tuple(f"block.{i}" for i in range(100))
     top = ranked(draw(1, 5), 1, 0, per_layer=draw(1, 1, 100), layers=layers)
-    label = page(top, tmp_path).having("parts")[0]["aria-label"] or ""
+    found = page(top, tmp_path)
+    label = found.having("parts")[0]["aria-label"] or ""
+    assert "Small bars: parts of the score by layer" in found.text
     assert label.endswith("and 94 smaller")
 
 
