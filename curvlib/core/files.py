@@ -8,10 +8,13 @@ and renamed: a reader sees the old file or the new one, never half of one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -105,8 +108,10 @@ def write_record(path: str | os.PathLike[str], kind: str, content: dict[str, Any
 
     Raises:
         TypeError: If a value is of another type.
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written; what was there is kept. If the disk is full, says
+            how much is needed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -116,8 +121,24 @@ def write_record(path: str | os.PathLike[str], kind: str, content: dict[str, Any
         "curvlib": curvlib_version(),
         "content": {name: _encode(value, name, tensors) for name, value in content.items()},
     }
+    text = json.dumps(document, allow_nan=False)
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"curvlib": json.dumps(document, allow_nan=False)})
+        try:
+            save_file(tensors, temporary, metadata={"curvlib": text})
+        except SafetensorError as error:
+            needed = len(text) + sum(t.numel() * t.element_size() for t in tensors.values())
+            raise _unwritten(path, needed, error) from error
+
+
+def _unwritten(path: str | os.PathLike[str], needed: int, error: Exception) -> OSError:
+    """The error of a file that the system did not let be written: the disk is full, say."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(
+        int(found[1]) if found else errno.EIO,
+        f"cannot write {str(path)!r} ({error}): it needs {needed} bytes, and "
+        f"{shutil.disk_usage(Path(path).parent).free} are free; make room (what was at this "
+        "place is kept)",
+    )
 
 
 def read_record(
