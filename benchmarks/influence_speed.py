@@ -1,7 +1,7 @@
 """EK-FAC influence on a character transformer: time and memory beside kronfluence.
 
-    python benchmarks/influence_speed.py [--parts time memory ranks] [--width 128] [--depth 4]
-                                         [--train 1024] [--queries 32] [--rounds 5]
+    python benchmarks/influence_speed.py [--parts time memory ranks] [--widths 128 256]
+                                         [--depth 4] [--train 1024] [--queries 32] [--rounds 5]
 
 The model is trained for a moment on tinyshakespeare (in the folder ``CURVLIB_DATA``), else on
 sources of the standard library. Scores are about the linear layers of its blocks.
@@ -15,7 +15,8 @@ sources of the standard library. Scores are about the linear layers of its block
     "eigenvalues" of curvlib is the whole fit less the factors. kronfluence writes its factors and
     scores to a temporary folder, as it always does.
 ``memory``
-    How much a fresh process grows while it looks for the top 10 of N, 2 N, 4 N, 8 N examples.
+    How much a fresh process grows while it looks for the top 10 of N, 2 N, 4 N, 8 N examples, at
+    the first width.
 ``ranks``
     Spearman correlations of compressed and dense scores over the examples of each query, and the
     certified bound.
@@ -234,8 +235,12 @@ def floor(own: Problem, args: argparse.Namespace) -> Callable[[], None]:
 
 # ------------------------------------------------------------------------------- parts
 def time_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of each phase."""
-    own = problem(args.width, args.depth, args.steps)
+    """Seconds of each phase, for each width."""
+    return [{"width": width} | row for width in args.widths for row in _time_rows(args, width)]
+
+
+def _time_rows(args: argparse.Namespace, width: int) -> list[dict[str, Any]]:
+    own = problem(width, args.depth, args.steps)
     with tempfile.TemporaryDirectory() as name:
         mine, my_scores = ours(own, args)
         peers: Phases = {}
@@ -299,16 +304,18 @@ def time_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def rank_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compressed scores beside dense ones."""
-    own = problem(args.width, args.depth, args.steps)
+    """Compressed scores beside dense ones, for each width."""
+    return [{"width": width} | row for width in args.widths for row in _rank_rows(args, width)]
+
+
+def _rank_rows(args: argparse.Namespace, width: int) -> list[dict[str, Any]]:
+    own = problem(width, args.depth, args.steps)
     risk = cl.Risk(own.model, LOSS, own.batches(0, args.train, args.batch), params=PARAMS)
     query = own.batch(args.train, args.train + args.queries)
     inf = Influence.of(risk, cl.kfac(risk, fisher="mc", progress=False), progress=False)
     dense = inf.scores(query).scores
     rows = []
     for rank in RANKS:
-        if rank > args.width:
-            continue
         low = bounded_scores(inf, query, rank=rank)
         same = rank_correlation(low.scores, dense)
         error = (low.scores - dense).abs()
@@ -333,17 +340,25 @@ def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for factor in (1, 2, 4, 8):
         count = factor * args.train
         command = [sys.executable, __file__, "--grow", str(count)]
-        for name in ("width", "depth", "train", "queries", "batch", "threads"):
+        command += ["--widths", str(args.widths[0])]
+        for name in ("depth", "train", "queries", "batch", "threads"):
             command += [f"--{name}", str(getattr(args, name))]
         out = subprocess.run(command, check=True, capture_output=True, text=True)
         grown = int(out.stdout.split()[-1])
-        rows.append({"part": "memory", "examples": count, "grows by MB": grown / 1e6})
+        rows.append(
+            {
+                "width": args.widths[0],
+                "part": "memory",
+                "examples": count,
+                "grows by MB": grown / 1e6,
+            }
+        )
     return rows
 
 
 def grow(args: argparse.Namespace) -> None:
     """Prints the bytes by which this process grows while it looks for the top 10."""
-    own = problem(args.width, args.depth, steps=0)
+    own = problem(args.widths[0], args.depth, steps=0)
     fitted = cl.Risk(own.model, LOSS, own.batches(0, 64, args.batch), params=PARAMS)
     inf = Influence.of(fitted, cl.kfac(fitted, fisher="mc", progress=False), progress=False)
     query = own.batch(args.grow, args.grow + args.queries)
@@ -367,6 +382,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[dict[str, Any]]], dic
     "time": (
         time_rows,
         {
+            "width": "",
             "phase": "",
             "curvlib s": ".2f",
             "kronfluence s": ".2f",
@@ -375,10 +391,11 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[dict[str, Any]]], dic
             "value": ".4f",
         },
     ),
-    "memory": (memory_rows, {"examples": "", "grows by MB": ".1f"}),
+    "memory": (memory_rows, {"width": "", "examples": "", "grows by MB": ".1f"}),
     "ranks": (
         rank_rows,
         {
+            "width": "",
             "rank": "",
             "Spearman, mean": ".4f",
             "Spearman, lowest": ".4f",
@@ -394,7 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    add("--width", type=int, default=128)
+    add("--widths", type=int, nargs="+", default=[128, 256])
     add("--depth", type=int, default=4)
     add("--train", type=int, default=1024)
     add("--queries", type=int, default=32)

@@ -177,11 +177,10 @@ for q, (prompt, completion) in enumerate(QUERIES):
 
 folder = Path("curvlib-out")
 folder.mkdir(exist_ok=True)
-page = top.to_html(
+page = influence.to_html(
+    top,
     folder / "influence_text.html",
-    queries=[prompt + completion for prompt, completion in QUERIES],
-    query_captions=[f"explained: {completion}" for _, completion in QUERIES],
-    train=[text.pieces for text in influence.train],
+    QUERIES,
     captions=places,
     title="Which code taught the model this?",
 )

@@ -16,8 +16,10 @@ token from the model's own prediction.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +112,33 @@ class LanguageInfluence:
         """
         return self._batch(self.queries(query))
 
+    def to_html(
+        self,
+        top: TopInfluence,
+        path: str | os.PathLike[str],
+        query: Text | Sequence[Text],
+        **settings: Any,
+    ) -> Path:
+        """Writes a page of what was found, with the tokens of training texts shaded.
+
+        Args:
+            top: What :meth:`top` returned.
+            path: The file.
+            query: The queries that it returned it for.
+            settings: As of :meth:`curvlib.influence.result.TopInfluence.to_html`, such as
+                ``captions=`` of the training texts.
+
+        Raises:
+            ValueError: If there are not as many queries as ``top`` has.
+        """
+        found = self.queries(query)
+        if len(found) != len(top.indices):
+            raise ValueError(f"expected the {len(top.indices)} queries of top, got {len(found)}")
+        settings.setdefault("queries", [list(text.pieces) for text in found])
+        settings.setdefault("query_captions", [_explained(text) for text in found])
+        settings.setdefault("train", lambda i: list(self.train[i].pieces))
+        return top.to_html(path, **settings)
+
     def tokens(
         self, top: TopInfluence, query: int, place: int, *, opponents: bool = False
     ) -> list[tuple[str, float]]:
@@ -153,7 +182,7 @@ def for_causal_lm(
 
     Three lines: ``inf = for_causal_lm(model, tokenizer, texts)``,
     ``top = inf.top([("The capital of France is", " Paris")], k=20)``, and
-    ``inf.tokens(top, query=0, place=0)`` (or a page of it all).
+    ``inf.tokens(top, query=0, place=0)``, or ``inf.to_html(top, "influence.html", queries)``.
 
     Args:
         model: Of Hugging Face, or any module that takes ``input_ids`` (and ``attention_mask``,
@@ -295,6 +324,13 @@ def linear_layers(model: nn.Module) -> list[nn.Module]:
 
 
 # ----------------------------------------------------------------------- private
+def _explained(text: TokenizedText) -> str:
+    """What of a query is explained."""
+    counted = [p for p, own in zip(text.pieces, text.counted, strict=True) if own]
+    whole = all(own or alone for own, alone in zip(text.counted, text.special, strict=True))
+    return "all tokens are explained" if whole else f"explained: {''.join(counted)}"
+
+
 def _own(settings: dict[str, Any]) -> dict[str, Any]:
     if "train" in settings:
         raise TypeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import Any
 
 import pytest
@@ -256,6 +258,26 @@ def test_models_of_ones_own_and_functions_that_take_an_influence(tmp_path: Any) 
     assert inf.self_scores().scores.shape == (3,)
     assert [len(q) for q in inf.queries(queries)] == [4, 2]
     assert inf.scores(queries[0]).scores.shape == (1, 3)  # a tuple is one pair
+
+
+def test_a_page_shows_texts_and_shades_their_tokens(tmp_path: Any) -> None:
+    inf = for_causal_lm(
+        seeded(Plain()), characters, ["ab<b", "cdcd", "abba"], params="body.*", progress=False
+    )
+    queries = [("ab", "<i>"), "dc"]
+    top = inf.top(queries, k=3)
+    page = inf.to_html(top, tmp_path / "page.html", queries, title="Here").read_text("utf-8")
+    assert "explained: &lt;i&gt;" in page
+    assert "all tokens are explained" in page
+    assert "Here" in page
+    shaded = re.sub("<[^>]*>", "", page)
+    for text in ("ab&lt;b", "cdcd", "abba"):
+        assert text in shaded
+    for piece, score in inf.tokens(top, 0, 0):
+        if abs(score) == max(abs(s) for _, s in inf.tokens(top, 0, 0)):
+            assert re.search(rf'<span class="."[^>]*>{html.escape(piece)}</span>', page)
+    with pytest.raises(ValueError, match="expected the 2 queries of top, got 1"):
+        inf.to_html(top, tmp_path / "page.html", "dc")
 
 
 # ------------------------------------------------------------------------------- texts
