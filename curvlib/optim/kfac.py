@@ -9,6 +9,7 @@ costs four small matrix products for each layer, and there are no hooks on the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from curvlib.optim.shell import CurvatureOptimizer, Gradients
 _FISHERS = ("empirical", "mc")
 _SHARING = ("expand", "reduce")
 _GATES = ("joint", "separate")
+_FORMS = ("exact", "factored")
 
 
 class _Known(NamedTuple):
@@ -63,6 +65,9 @@ class KFAC(CurvatureOptimizer):
         momentum: Of preconditioned gradients, and of the inner SGD.
         damping: :math:`\lambda`, above 0 unless all factors have full rank.
         relative: Whether it is a fraction of the layer's mean eigenvalue.
+        damping_form: ``"exact"``: :math:`F + \lambda I`, in four matrix products for each layer
+            and step; or ``"factored"``: each factor has its share (Martens and Grosse, section
+            6.3), in two products, and damping is stronger.
         eigen_corrected: Whether eigenvalues are E-KFAC's. Then, and with ``sharing="reduce"``,
             examples must lie along the first axis of the model's input. Layers whose rows are
             arranged otherwise than along the first or second axis then have no factors.
@@ -127,6 +132,7 @@ class KFAC(CurvatureOptimizer):
         damping: float = 1e-3,
         *,
         relative: bool = False,
+        damping_form: str = "exact",
         eigen_corrected: bool = False,
         fisher: str = "empirical",
         loss: Callable[[Any, Any], Tensor] | None = None,
@@ -159,6 +165,12 @@ class KFAC(CurvatureOptimizer):
         self.model = model
         self.relative = relative
         self.eigen_corrected = eigen_corrected
+        self.damping_form = arguments.choice("damping_form", damping_form, _FORMS)
+        if eigen_corrected and damping_form == "factored":
+            raise ValueError(
+                "eigen_corrected=True needs damping_form='exact': corrected eigenvalues are no "
+                "product of two factors' eigenvalues"
+            )
         self.fisher = arguments.choice("fisher", fisher, _FISHERS)
         self.sharing = arguments.choice("sharing", sharing, _SHARING)
         self.inner = arguments.choice("inner", inner, RULES)
@@ -291,14 +303,17 @@ class KFAC(CurvatureOptimizer):
             known.layers,
             known.inverses,
             relative=self.relative,
+            factored=self.damping_form == "factored",
             dtype=recorder.dtype,
         )
         products = {
             key: torch.dot(v.view(-1), members[key].gradient.reshape(-1).to(v.dtype))
             for key, v in natural.items()
         }
-        if products and not bool(torch.stack(list(products.values())).isfinite().all()):
+        known_products = torch.stack(list(products.values())).tolist() if products else []
+        if not all(map(math.isfinite, known_products)):
             return False
+        along = dict(zip(products, known_products, strict=True))
         rest = []
         for m in (m for key, m in members.items() if key not in natural):
             old = self.state.get(m.parameter, {})
@@ -307,8 +322,8 @@ class KFAC(CurvatureOptimizer):
         self.layers, self._inverses, self.decomposed_at, self.failed = known
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in natural]
-            each = [(products[id(p)], float(group["lr"])) for p in params]
-            clip = kl_scale(each, group["kl_clip"])
+            each = [along[id(p)] for p in params]
+            clip = kl_scale(each, float(group["lr"]), group["kl_clip"])
             step_along(params, [natural[id(p)] for p in params], self.state, group, clip)
         for p, change, state in rest:
             p.add_(change)

@@ -53,6 +53,16 @@ class LayerCurvature:
         """Eigenvectors, left and right."""
         return self.left_basis, self.right_basis
 
+    def sides(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Eigenvalues and eigenvectors, left and right.
+
+        Raises:
+            RuntimeError: If there is no decomposition yet.
+        """
+        if self.left_values is None or self.right_values is None:
+            raise RuntimeError("the factors have not been decomposed yet; call decomposed() first")
+        return (self.left_values, self.left_basis), (self.right_values, self.right_basis)
+
     def eigenvalues(self) -> Tensor:
         """``[G, O, I]``: E-KFAC's where there are any.
 
@@ -61,9 +71,8 @@ class LayerCurvature:
         """
         if self.corrected is not None:
             return self.corrected / self.corrected_bias
-        if self.left_values is None or self.right_values is None:
-            raise RuntimeError("the factors have not been decomposed yet; call decomposed() first")
-        return outer(self.left_values, self.right_values)
+        (left, _), (right, _) = self.sides()
+        return outer(left, right)
 
     def decomposed(self, *, corrected: bool) -> LayerCurvature:
         """The same in a new basis, that of the factors as they are now.

@@ -41,6 +41,8 @@ class LayerPlaces:
         for name, part in zip(layer.names, layer.parts, strict=True):
             start = part.start - space.slice(name).start
             self._places.append((name, slice(start, start + rows * part.columns), part))
+        #: How many entries of each parameter it covers.
+        self.sizes = {name: where.stop - where.start for name, where, _ in self._places}
 
     def read(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The matrix ``[G, O, I]`` of some tensors of the parameters' shapes.
@@ -78,7 +80,3 @@ class LayerPlaces:
             if name in tensors:
                 piece = piece.mT if part.transposed else piece
                 tensors[name].view(-1)[where].view(piece.shape).copy_(piece)
-
-    def sizes(self) -> dict[str, int]:
-        """How many entries of each parameter it covers."""
-        return {name: where.stop - where.start for name, where, _ in self._places}

@@ -12,7 +12,12 @@ from torch import Tensor
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.optim.layer_curvature import LayerCurvature
 from curvlib.optim.layer_places import LayerPlaces
-from curvlib.optim.rules.kfac import inverted, preconditioned
+from curvlib.optim.rules.kfac import (
+    factored_inverses,
+    inverted,
+    preconditioned,
+    preconditioned_by,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +35,8 @@ class Member:
     group: Mapping[str, Any]
 
 
-#: Damping of a layer, and the inverse eigenvalues with it.
-Inverse = tuple[float, Tensor]
+#: Damping of a layer, and with it the inverse eigenvalues, or the inverses of both factors.
+Inverse = tuple[float, tuple[Tensor, ...]]
 
 
 def natural_gradients(
@@ -42,6 +47,7 @@ def natural_gradients(
     inverses: MutableMapping[str, Inverse],
     *,
     relative: bool,
+    factored: bool = False,
     dtype: torch.dtype,
 ) -> dict[int, Tensor]:
     """Preconditioned gradients by ``id`` of the parameter, of parameters that are covered wholly.
@@ -51,8 +57,9 @@ def natural_gradients(
         params: All parameters, by name.
         members: Those with a gradient, by ``id``.
         curvature: Of the layers where it is known.
-        inverses: Inverse eigenvalues that are known; others are added.
+        inverses: Inverses that are known; others are added.
         relative: Whether damping is.
+        factored: Whether damping is split between the factors.
         dtype: Of the natural gradients.
     """
     found: dict[int, Tensor] = {}
@@ -65,18 +72,29 @@ def natural_gradients(
         damping = float(members[next(iter(ids.values()))].group["damping"])
         inverse = inverses.get(layer.name)
         if inverse is None or inverse[0] != damping:
-            inverse = (damping, inverted(known.eigenvalues(), damping, relative=relative))
+            inverse = (damping, _inverses(known, damping, relative=relative, factored=factored))
             inverses[layer.name] = inverse
         matrix = places.read({name: members[key].gradient for name, key in ids.items()}, dtype)
-        matrix = preconditioned(matrix, *known.basis, inverse[1])
+        if factored:
+            matrix = preconditioned_by(matrix, *inverse[1])
+        else:
+            matrix = preconditioned(matrix, *known.basis, *inverse[1])
         for name, key in ids.items():
             if key not in found:
                 shape = params[name].shape
-                found[key] = torch.zeros(shape, dtype=dtype, device=matrix.device)
-            entries[key] = entries.get(key, 0) + places.sizes()[name]
+                found[key] = torch.empty(shape, dtype=dtype, device=matrix.device)
+            entries[key] = entries.get(key, 0) + places.sizes[name]
         places.write(matrix, {name: found[key] for name, key in ids.items()})
     # of attention's projections, all are known or none is used
     return {key: value for key, value in found.items() if entries[key] == value.numel()}
+
+
+def _inverses(
+    known: LayerCurvature, damping: float, *, relative: bool, factored: bool
+) -> tuple[Tensor, ...]:
+    if not factored:
+        return (inverted(known.eigenvalues(), damping, relative=relative),)
+    return factored_inverses(*known.sides(), damping, relative=relative)
 
 
 def step_along(
@@ -84,7 +102,7 @@ def step_along(
     directions: list[Tensor],
     state: MutableMapping[Tensor, dict[str, Any]],
     group: Mapping[str, Any],
-    clip: Tensor | None,
+    clip: float,
 ) -> None:
     """Steps of a group's parameters, with momentum and decoupled weight decay, in place.
 
@@ -98,8 +116,8 @@ def step_along(
     if not params:
         return
     momentum, lr = float(group["momentum"]), float(group["lr"])
-    if clip is not None:
-        torch._foreach_mul_(directions, clip.to(directions[0].dtype))
+    if clip != 1.0:
+        torch._foreach_mul_(directions, clip)
     if momentum:
         for p, direction in zip(params, directions, strict=True):
             if "velocity" not in state[p]:

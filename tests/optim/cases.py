@@ -154,6 +154,7 @@ OPTIMIZERS: list[OptimizerCase] = [
             inner="sgd",
             kl_clip=None,
             damping=0.01,
+            damping_form="factored",
         ),
         needs_loss=False,
         second_order=False,

@@ -23,11 +23,13 @@ from curvlib.optim.rules.kfac import (
     averaged,
     debias,
     eigenbasis,
+    factored_inverses,
     inverted,
     kl_scale,
     moved,
     outer,
     preconditioned,
+    preconditioned_by,
 )
 from tests.operators.factored import (
     F64,
@@ -138,14 +140,89 @@ def test_singular_and_indefinite_factors_have_no_negative_eigenvalues() -> None:
 
 
 def test_kl_scale() -> None:
-    pairs = [(torch.tensor(3.0), 0.1), (torch.tensor(6.0), 0.5)]
-    found = kl_scale(pairs, 1e-2)
-    assert found is not None
-    assert math.isclose(float(found), math.sqrt(1e-2 / (0.03 + 1.5)), rel_tol=1e-6)
-    assert float(kl_scale(pairs, 100.0)) == 1.0
-    assert float(kl_scale([(torch.tensor(0.0), 0.1)], 1.0)) == 1.0
-    assert kl_scale(pairs, None) is None
-    assert kl_scale([], 1.0) is None
+    found = kl_scale([3.0, 6.0], 0.5, 1e-2)
+    assert math.isclose(found, math.sqrt(1e-2 / (0.25 * 9.0)), rel_tol=1e-12)
+    assert kl_scale([3.0, 6.0], 0.5, 100.0) == 1.0
+    assert kl_scale([0.0], 0.1, 1.0) == 1.0
+    assert kl_scale([3.0], 0.1, None) == 1.0
+    assert kl_scale([], 0.1, 1.0) == 1.0
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 999), st.floats(1e-4, 10.0))
+@settings(max_examples=30, deadline=None)
+def test_factored_damping_is_split_between_the_factors(
+    out: int, width: int, seed: int, damping: float
+) -> None:
+    L, R, G = psd(out, seed), psd(width, seed + 1), draw(out, width, seed=seed + 2)
+    for relative_damping in (False, True):
+        means = (L.trace() / out, R.trace() / width)
+        level = (
+            damping * means[0] * means[1] if relative_damping else torch.tensor(damping, dtype=F64)
+        )
+        pi = (means[1] / means[0]).sqrt()  # Martens and Grosse, section 6.3
+        one = L + level.sqrt() / pi * torch.eye(out, dtype=F64)
+        two = R + level.sqrt() * pi * torch.eye(width, dtype=F64)
+        wanted = torch.linalg.solve(torch.kron(one, two), G.reshape(-1)).view(out, width)
+        sides = eigenbasis(L[None]), eigenbasis(R[None])
+        inverses = factored_inverses(*sides, damping, relative=relative_damping)
+        assert relative(preconditioned_by(G[None], *inverses)[0], wanted) < 1e-9
+        pair = torch.stack([G, -G]), *(i.expand(2, -1, -1) for i in inverses)
+        assert relative(preconditioned_by(*pair)[1], -wanted) < 1e-9
+        diagonals = factored_inverses(
+            (sides[0][0], None), (sides[1][0], None), damping, relative=relative_damping
+        )
+        dense = factored_inverses(
+            (sides[0][0], torch.eye(out, dtype=F64)[None]),
+            (sides[1][0], torch.eye(width, dtype=F64)[None]),
+            damping,
+            relative=relative_damping,
+        )
+        assert (
+            relative(preconditioned_by(G[None], *diagonals), preconditioned_by(G[None], *dense))
+            < 1e-9
+        )
+
+
+def test_natural_gradients_of_a_stack_are_those_of_its_members() -> None:
+    L, R, G = (
+        torch.stack([f(k) for k in range(2)])
+        for f in (lambda k: psd(3, k), lambda k: psd(4, k + 5), lambda k: draw(3, 4, seed=k))
+    )
+    (left, QL), (right, QR) = eigenbasis(L), eigenbasis(R)
+    inverse = inverted(outer(left, right), 0.1, relative=False)
+    whole = preconditioned(G, QL, QR, inverse)
+    for k in range(2):
+        own = preconditioned(G[k : k + 1], QL[k : k + 1], QR[k : k + 1], inverse[k : k + 1])
+        assert relative(whole[k : k + 1], own) < 1e-12
+
+
+@pytest.mark.parametrize("relative_damping", [False, True])
+def test_steps_with_factored_damping(relative_damping: bool) -> None:
+    """Against dense solves with the factors that it shows; damping changes on the way."""
+    model = seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False)))
+    x, y = draw(8, 3), torch.tensor([0, 1] * 4)
+    options = {**PLAIN, "relative": relative_damping, "damping_form": "factored"}
+    opt = KFAC(model, damping=0.3, **options)
+    for damping in (0.3, 0.05):
+        opt.param_groups[0]["damping"] = damping
+        before = [p.detach().clone() for p in model.parameters()]
+        g = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        opt.step(lambda: F.cross_entropy(model(x), y))
+        moves = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+        parts = (
+            (torch.cat([g[0], g[1][:, None]], 1), torch.cat([moves[0], moves[1][:, None]], 1)),
+            (g[2], moves[2]),
+        )
+        for own, (G, V) in zip(opt.layers.values(), parts, strict=True):
+            L, R = own.left[0] / own.bias, own.right[0] / own.bias
+            means = (L.trace() / len(L), R.trace() / len(R))
+            level = damping * (float(means[0] * means[1]) if relative_damping else 1.0)
+            pi = (means[1] / means[0]).sqrt()
+            one = L + level**0.5 / pi * torch.eye(len(L), dtype=F64)
+            two = R + level**0.5 * pi * torch.eye(len(R), dtype=F64)
+            assert relative(one @ V @ two, G) < 1e-8
+            exact = torch.kron(L, R) + level * torch.eye(G.numel(), dtype=F64)
+            assert float(V.norm()) < float(torch.linalg.solve(exact, G.reshape(-1)).norm())
 
 
 # ------------------------------------------------------------ steps against curvlib.kfac
@@ -402,7 +479,8 @@ def test_parameters_without_factors_take_torchs_first_order_steps(inner: str) ->
             self.idle = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.body(x) * self.scale + F.linear(x[:, :2], self.idle.weight).sum()
+            shift = F.linear(x[:, :2], self.idle.weight).sum()  # of one logit: else no gradient
+            return self.body(x) * self.scale + shift * torch.eye(3, dtype=F64)[0]
 
     model = seeded(Model())
     model.body.requires_grad_(False)
@@ -538,6 +616,7 @@ def test_bad_arguments() -> None:
         "sharing": "sum",
         "inner": "lion",
         "gates": "each",
+        "damping_form": "split",
     }.items():
         with pytest.raises(ValueError, match=f"{name}= is one of"):
             KFAC(model, **{name: bad})
@@ -547,6 +626,8 @@ def test_bad_arguments() -> None:
     for name in ("relative", "eigen_corrected", "dense_norms"):
         with pytest.raises(TypeError, match=f"{name}= is True or False, got int"):
             KFAC(model, **{name: 1})
+    with pytest.raises(ValueError, match="eigen_corrected=True needs damping_form='exact'"):
+        KFAC(model, eigen_corrected=True, damping_form="factored")
     with pytest.raises(ValueError, match="factor_decay= is in"):
         KFAC(model, factor_decay=1.0)
     with pytest.raises(ValueError, match="kl_clip= is above 0"):
