@@ -21,6 +21,8 @@ class ModuleHook:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the recorder's method, if there is a recorder still."""
+        if torch.compiler.is_compiling():
+            return None  # nothing is recorded inside of compiled code
         recorder = self.recorder()
         return None if recorder is None else getattr(recorder, self.method)(*self.before, *args)
 
