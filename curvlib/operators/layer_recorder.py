@@ -338,6 +338,8 @@ class LayerRecorder:
     def hand_over(self) -> None:
         """Hands over passes whose gradients have come."""
         done = [found for found in self._passes if found.reached]
+        if not done:
+            return
         self.forget_reached()
         with torch.no_grad(), torch.autocast(self._held.space.device.type, enabled=False):
             for found in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -99,7 +100,9 @@ def finite(tensors: Iterable[Tensor | None]) -> bool:
     some = [t for t in tensors if t is not None and t.numel()]
     if not some:
         return True
-    sums = torch.stack([t.sum().to(some[0].device, torch.float32) for t in some])
-    if bool(torch.isfinite(sums).all()):
+    sums = [t.sum() for t in some]
+    if len({(s.dtype, s.device) for s in sums}) > 1:
+        sums = [s.to(some[0].device, torch.float32) for s in sums]
+    if all(map(math.isfinite, torch.stack(sums).tolist())):
         return True
     return all(bool(torch.isfinite(t).all()) for t in some)
