@@ -43,8 +43,7 @@ class BatchScores:
         tokens: Parts of each token, ``[n, Q, T]``. They add up to the scores where every parameter
             is in a layer that takes a row for each token (of a classifier's head, or of a bare
             parameter, the rest is).
-        norms: Norms of the gradients in each block, ``[n, B]``; bounds from above for weights that
-            are an embedding's and a linear layer's.
+        norms: Norms of the gradients in each block, ``[n, B]``.
         alone: Whether examples went through the model one by one.
     """
 

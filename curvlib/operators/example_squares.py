@@ -110,10 +110,10 @@ def _in_block(
     one_hot = [not term.left.is_floating_point() for term in parts]
     if _plain(metric) and all(one_hot):
         return _embedded(parts, metric, n, block.shape[1])
-    if len(parts) > 1 or any(one_hot):
-        return _weighted(matrices(block, parts, like.new_zeros((n, *block.shape))), metric)
     if metric is None:
         return norms(parts, n, like).square()
+    if len(parts) > 1 or any(one_hot):
+        return _weighted(matrices(block, parts, like.new_zeros((n, *block.shape))), metric)
     return _of_rows(block, parts[0], metric)
 
 

@@ -133,22 +133,37 @@ def matrices(block: ScoreBlock, parts: Sequence[Term], like: Tensor) -> Tensor:
 
 
 def norms(parts: Sequence[Term], n: int, like: Tensor) -> Tensor:
-    """Frobenius norms of gradients, ``[n]``: bounds from above where there are several terms."""
+    """Frobenius norms of gradients, ``[n]``, of all terms together."""
     out = like.new_zeros(n)
-    for term in parts:
-        _, _, T, width = term.right.shape
-        one_hot = not term.left.is_floating_point()
-        outputs = 0 if one_hot else term.left.shape[-1]
-        if one_hot or T * (outputs + width) < outputs * width:
-            if one_hot:
-                inner = (term.left[:, :, None] == term.left[:, None]).to(like.dtype)[None]
-            else:
-                inner = term.left @ term.left.mT
-            squares = (inner * (term.right @ term.right.mT)).sum((0, 2, 3)).clamp_(min=0.0)
-        else:
-            squares = (term.left.mT @ term.right).square().sum((0, 2, 3))
-        out += squares.sqrt_()
-    return out
+    for i, term in enumerate(parts):
+        out += _square(term)
+        for other in parts[:i]:
+            out += 2.0 * (_inner(term.left, other.left) * (term.right @ other.right.mT)).sum(
+                (0, 2, 3)
+            )
+    return out.clamp_(min=0.0).sqrt_()
+
+
+def _square(term: Term) -> Tensor:
+    """Squared norms of one term, ``[n]``."""
+    _, _, T, width = term.right.shape
+    one_hot = not term.left.is_floating_point()
+    outputs = 0 if one_hot else term.left.shape[-1]
+    if one_hot or T * (outputs + width) < outputs * width:
+        return (_inner(term.left, term.left) * (term.right @ term.right.mT)).sum((0, 2, 3))
+    return (term.left.mT @ term.right).square().sum((0, 2, 3))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of left rows ``[G, n, T, S]``, each as of :class:`Term`."""
+    if a.is_floating_point() and b.is_floating_point():
+        return a @ b.mT
+    if b.is_floating_point():
+        return _inner(b, a).mT
+    if a.is_floating_point():  # what rows have at the indices
+        index = b[None, :, None].expand(-1, -1, a.shape[2], -1)
+        return a.gather(3, index)
+    return (a[:, :, None] == b[:, None])[None]
 
 
 def by_token(values: Tensor, places: tuple[int, ...] | None, n: int, tokens: int) -> Tensor | None:

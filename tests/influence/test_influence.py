@@ -378,6 +378,23 @@ def test_normalized_scores() -> None:
     assert Influence.of(zero, "identity").scores(QUERY, normalize="gradient").scores[0, 1] == 0.0
 
 
+@pytest.mark.parametrize("normalize", ["gradient", "self"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_normalized_searches(name: str, normalize: str) -> None:
+    """Parts of layers add up to the scores, also of shared weights; norms are autograd's."""
+    risk = problem(name)
+    if name == "experts":
+        risk = risk.restrict(["experts.0.*", "experts.1.*", "head.*"])
+    inf = Influence.of(risk, **QUIET)
+    G, plain = rows(risk), inf.scores(risk).scores
+    by = G.norm(dim=1) if normalize == "gradient" else plain.diagonal().sqrt()
+    top = inf.top(risk, k=len(G), normalize=normalize)
+    expected = (plain / by).sort(1, descending=True).values
+    assert relative(top.scores, expected) < 1e-10
+    assert top.per_layer is not None
+    assert relative(top.per_layer.sum(2), top.scores) < 1e-10
+
+
 # ------------------------------------------------------------------ stops and files
 class _Failing:
     """Batches that break off once."""

@@ -99,17 +99,15 @@ def test_rows_are_autograds_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_norms(name: str) -> None:
-    """Exact in each block; from above for the weight of an embedding and a head."""
+    """Exact in each block, also of weights that are shared or used several times."""
     risk = problem(name)
     G = truth(risk)
-    found = scored(risk, G, norms=True).norms
-    assert found is not None
-    for b, block in enumerate(score_blocks(risk)):
-        exact = block.gather(G).flatten(1).norm(dim=1)
-        if name == "tied, masked" and block.name == "tokens":
-            assert bool((found[:, b] >= exact * (1 - 1e-12)).all())
-        else:
-            assert torch.allclose(found[:, b], exact, rtol=1e-10, atol=1e-13)
+    for tokens in (False, True):
+        found = scored(risk, G, norms=True, tokens=tokens).norms
+        assert found is not None
+        for b, block in enumerate(score_blocks(risk)):
+            exact = block.gather(G).flatten(1).norm(dim=1)
+            assert torch.allclose(found[:, b], exact, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
