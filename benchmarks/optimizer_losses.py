@@ -2,9 +2,10 @@
 
 Each has seven learning rates, a factor of ``10 ** (1 / 3)`` apart. The three whose final losses
 (means of the last three evaluations) are the least on one seed are run on a second, and the one
-with the least mean of both is taken. It is then run on other seeds. The goal is the median of AdamW's final losses over those; steps and seconds are those of the
-first evaluation at which a run is at or below it. Everything else is at documented defaults, but
-for what ``settings`` says: momentum 0.9 and no weight decay for all, and a few settings of ours
+with the least mean of both is taken. It is then run on other seeds. The goal is the median of
+AdamW's final losses over those; steps and seconds are those of the first evaluation at which a run
+is at or below it. Learning rates are constant. Everything else is at documented defaults, but for
+what ``settings`` says: momentum 0.9 and no weight decay for all, and a few settings of ours
 that were chosen from a few values on the first tuning seed.
 """
 
@@ -97,7 +98,7 @@ METHODS: dict[str, Method] = {
     ),
     "AdamW": Method(
         lambda m, lr, t, more: torch.optim.AdamW(m.parameters(), lr, **more),
-        {"": -10, "hedging": -8},
+        {"": -10, "digits": -9, "hedging": -8},
         {"": {"weight_decay": 0.0}},
         ours=False,
     ),

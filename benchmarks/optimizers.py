@@ -20,6 +20,7 @@ import common
 import optimizer_costs
 import optimizer_losses
 import torch
+from optimizer_losses import METHODS
 from optimizer_tasks import TASKS
 
 Rows = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def kept(old: Rows, new: Rows) -> Rows:
 
     replaced = {key(row) for row in new}
     rows = [row for row in old if key(row) not in replaced] + new
-    order = [*optimizer_costs.CONTENDERS, *optimizer_losses.METHODS]
+    order = [*optimizer_costs.CONTENDERS, *METHODS]
     places = [*optimizer_costs.MODELS, *TASKS]
     return sorted(rows, key=lambda r: (key(r)[0], places.index(key(r)[1]), order.index(key(r)[2])))
 
@@ -73,7 +74,7 @@ def main() -> None:
             print(common.table(new, optimizer_costs.COLUMNS))
             print(optimizer_costs.summary(new), flush=True)
     if "loss" in args.parts:
-        names = [n for n in optimizer_losses.METHODS if not args.methods or n in args.methods]
+        names = [n for n in args.methods or METHODS if n in METHODS]
         for name in args.tasks:
             known = [r for r in read() if r["part"] == "loss" and r["task"] == name]
             task = TASKS[name](None if args.data is None else Path(args.data))
