@@ -50,7 +50,13 @@ class GradientHook:
         self.of_output = of_output
 
     def __call__(self, gradient: Tensor) -> None:
-        """Takes a gradient, unless it is one of those that the recorder itself asked for."""
+        """Takes a gradient, unless it is one of those that the recorder itself asked for.
+
+        Those that are differentiated again (``create_graph=True``: of a gradient penalty, or of a
+        Hessian product) are no gradients of the loss, either.
+        """
+        if torch.is_grad_enabled():
+            return
         recorder, found = self.recorder(), self.found()
         if recorder is None or found is None or recorder.pulling:
             return

@@ -133,8 +133,8 @@ def order_of(gradient: Tensor, examples: int) -> str | None:
         >>> order_of(g, 2), order_of(g.transpose(0, 1), 2)
         ('second', 'first')
     """
-    rows = gradient.detach().ne(0).any(-1)
-    if not bool(rows.any()):
+    rows = gradient.detach().ne(0).any(-1) if gradient.ndim else gradient
+    if not rows.ndim or not bool(rows.any()):
         return None
     if rows.shape[0] % examples == 0 and not bool(rows.reshape(examples, -1)[:-1].any()):
         return "first"

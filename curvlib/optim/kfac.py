@@ -230,7 +230,7 @@ class KFAC(CurvatureOptimizer):
             self.pending = zero_sums(layers, self.recorder.dtype, bases, found.terms.device)
         sampled, reduce = self.fisher == "mc", self.sharing == "reduce"
         scale = 1.0 if sampled else self._scale
-        self._left_out = add_pass(
+        self._left_out |= add_pass(
             layers, found, self.pending, sampled=sampled, reduce=reduce, scale=scale, bases=bases
         )
 
@@ -258,7 +258,7 @@ class KFAC(CurvatureOptimizer):
             arguments.positive(group, "kl_clip")
 
     def _due(self) -> bool:
-        return self.clock.due(self.factor_interval)
+        return bool(self._watch.layers) and self.clock.due(self.factor_interval)
 
     def _observe(self, loss: Tensor, scale: float) -> None:
         del loss  # its backward pass meets the hooks
@@ -276,7 +276,8 @@ class KFAC(CurvatureOptimizer):
         self._scale = 1.0
         params = [p for _, p, _ in self.trainable()]
         draw = self.clock.curvature_updates
-        self._watch.follow(params, on=self._due(), seed=self.seed, draw=draw)
+        due = self.clock.due(self.factor_interval)
+        self._watch.follow(params, on=due, seed=self.seed, draw=draw)
 
     def _collect(self) -> None:
         self._watch.hand_over()

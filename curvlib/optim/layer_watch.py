@@ -99,7 +99,7 @@ class LayerWatch:
                 old.close()
         if self._recorder is not None:
             self._recorder.seed, self._recorder.draw = seed, draw
-            (self._recorder.start if on else self._recorder.stop)()
+            (self._recorder.start if on and self.layers else self._recorder.stop)()
 
     def hand_over(self) -> None:
         """Hands over the passes whose gradients have come."""

@@ -185,6 +185,65 @@ def test_two_optimizers_share_a_model(case: OptimizerCase) -> None:
     assert (one.skipped, two.skipped, one.clock.steps, two.clock.steps) == (0, 0, 6, 6)
 
 
+# ------------------------------------------------------------------------- odd losses
+@each
+def test_gradient_penalties(case: OptimizerCase) -> None:
+    """The gradient of an input inside of the loss is not the loss's own."""
+    model, data = net(), batches(5)
+    opt = case.build(model, None)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        own = F.cross_entropy(model(x), y)
+        (slope,) = torch.autograd.grad(own, x, create_graph=True)
+        return own + slope.square().sum()
+
+    for x, y in data:
+        opt.step(lambda x=x, y=y: loss(x, y))
+    assert (opt.clock.steps, opt.skipped) == (5, 0)
+
+
+def test_hessian_products_of_others_leave_factors_alone() -> None:
+    def factors(products: bool) -> Tensor:
+        model, (batch,) = net(), batches(1)
+        opt = KFAC(model)
+        loss = loss_of(model, batch)
+        if products:
+            torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        loss.backward()
+        opt.step()
+        return opt.layers["0"].left
+
+    assert torch.equal(factors(True), factors(False))
+
+
+@each
+def test_models_without_any_layer_have_first_order_steps(case: OptimizerCase) -> None:
+    norm = torch.nn.utils.parametrizations.weight_norm
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(norm(nn.Linear(3, 5, bias=False)), nn.Tanh())
+        model.append(norm(nn.Linear(5, 3, bias=False))).double()
+    opt, (batch,) = case.build(model, None), batches(1)
+    losses = [float(opt.step(lambda: loss_of(model, batch))) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    assert opt.skipped == 0
+    if isinstance(opt, (KFAC, MKOR)):
+        assert opt.coverage().percent == 0.0
+
+
+@each
+def test_examples_without_a_batch_axis_and_several_passes(case: OptimizerCase) -> None:
+    model, data = net(), batches(6)
+    opt = case.build(model, None)
+    for (x, y), (u, v) in zip(data[::2], data[1::2], strict=True):
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x[0]), y[0]))
+        opt.step(
+            lambda x=x, y=y, u=u, v=v: F.cross_entropy(model(x), y) + F.cross_entropy(model(u), v)
+        )
+    assert (opt.clock.steps, opt.skipped) == (6, 0)
+
+
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 def test_compiled_models_work_or_are_named(case: OptimizerCase) -> None:
     torch.compiler.reset()
