@@ -365,3 +365,13 @@ def test_a_factor_file_of_other_data(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="was fitted on another risk"):
         Influence(model(1), CE, DataLoader(ORDERED, 5), K, **QUIET)
     Influence(model(), CE, DataLoader(ORDERED, 5), K, **QUIET)
+
+
+def test_a_fit_in_one_pass() -> None:
+    data = list(zip(X.split(5), Y.split(5), strict=True))
+    risk = cl.Risk(model(), CE, data)
+    inf = Influence.of(risk, fit={"prefix": 2}, **QUIET)
+    given = Influence.of(risk, cl.kfac(risk, prefix=2, rest="diagonal", progress=False), **QUIET)
+    assert relative(inf.scores(QUERY).scores, given.scores(QUERY).scores) < 1e-12
+    whole = Influence.of(risk, **QUIET).scores(QUERY).scores
+    assert 1e-4 < relative(inf.scores(QUERY).scores, whole) < 0.5
