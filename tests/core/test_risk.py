@@ -182,6 +182,40 @@ def test_fingerprints_see_parameters_loss_and_data() -> None:
     assert len({first, *(r.fingerprint() for r in others)}) == 8
 
 
+def test_fingerprints_see_what_a_loader_holds() -> None:
+    """Tensors, lists of examples and subsets; of streams nothing but that they are one."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            yield from zip(x, y, strict=True)
+
+    x, y = _batch()
+    model = _model()
+    Loader, Tensors = torch.utils.data.DataLoader, torch.utils.data.TensorDataset
+    Subset = torch.utils.data.Subset
+    count = len(x)
+
+    def prints(data: Any) -> str:
+        return cl.Risk(model, CE, data).fingerprint()
+
+    def loader(dataset: Any) -> Any:
+        return Loader(dataset, batch_size=2)
+
+    whole = Tensors(x, y)
+    different = [
+        loader(whole),
+        loader(Tensors(x + 1.0, y)),
+        loader(Subset(whole, range(count - 1))),
+        loader(Subset(whole, range(1, count))),
+        loader(Subset(Tensors(x + 1.0, y), range(1, count))),
+        loader([(x[i], y[i]) for i in range(count)]),
+        loader([(x[i] + 1.0, y[i]) for i in range(count)]),
+        loader(Stream()),
+    ]
+    assert len({prints(data) for data in different}) == len(different)
+    assert prints(loader(Tensors(x.clone(), y))) == prints(different[0])
+
+
 def test_fingerprints_see_what_is_not_selected() -> None:
     x, y = _batch()
     model = nn.Sequential(nn.BatchNorm1d(3), _model()).double().eval()
