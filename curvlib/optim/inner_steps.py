@@ -25,17 +25,13 @@ def inner_steps(
         group: ``params``, ``lr``, ``weight_decay``, ``momentum`` (of SGD), ``betas`` and ``eps``
             (of AdamW).
         along: Directions, by ``id`` of the parameter.
-        state: States of parameters: ``momentum``, ``square`` (of AdamW) and ``steps``.
+        state: States of parameters: ``momentum``, ``square`` (of AdamW) and ``steps``; other
+            entries are not read.
     """
     params = [p for p in group["params"] if id(p) in along]
     if not params:
         return []
-    before = [
-        FirstOrderState(**{"square": None, **state[p]})
-        if p in state
-        else init(p, squares=rule == "adamw")
-        for p in params
-    ]
+    before = [_known(state.get(p, {})) or init(p, squares=rule == "adamw") for p in params]
     shared = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
     us = [along[id(p)] for p in params]
     if rule == "adamw":
@@ -47,3 +43,9 @@ def inner_steps(
         (p, change, {key: value for key, value in vars(new).items() if value is not None})
         for p, change, new in zip(params, *found, strict=True)
     ]
+
+
+def _known(state: Mapping[str, Any]) -> FirstOrderState | None:
+    if "steps" not in state:
+        return None
+    return FirstOrderState(state["momentum"], state.get("square"), int(state["steps"]))

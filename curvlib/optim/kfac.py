@@ -23,12 +23,12 @@ from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
 from curvlib.optim.gradients import finite
+from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_curvature import LayerCurvature, advanced
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
 from curvlib.optim.layer_watch import LayerWatch
 from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
 from curvlib.optim.persistence import restored
-from curvlib.optim.rest import RULES, rest_change
 from curvlib.optim.rules.kfac import kl_scale
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
 
@@ -45,6 +45,12 @@ class _Known(NamedTuple):
     inverses: dict[str, Inverse]
     decomposed_at: int | None
     failed: int
+
+
+def _inner(group: dict[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters of the inner optimizer."""
+    lr = float(group["lr"]) * float(group["inner_scale"])
+    return {**group, "lr": lr, "betas": group["inner_betas"], "eps": group["inner_eps"]}
 
 
 class KFAC(CurvatureOptimizer):
@@ -315,11 +321,12 @@ class KFAC(CurvatureOptimizer):
         if not all(map(math.isfinite, known_products)):
             return False
         along = dict(zip(products, known_products, strict=True))
-        rest = []
-        for m in (m for key, m in members.items() if key not in natural):
-            old = self.state.get(m.parameter, {})
-            change, state = rest_change(self.inner, m.parameter, m.gradient, old, m.group)
-            rest.append((m.parameter, change, state))
+        left = {key: m.gradient for key, m in members.items() if key not in natural}
+        rest = [
+            part
+            for group in self.param_groups
+            for part in inner_steps(self.inner, _inner(group), left, self.state)
+        ]
         self.layers, self._inverses, self.decomposed_at, self.failed = known
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in natural]
