@@ -21,35 +21,17 @@ from torch import Tensor, nn
 
 from curvlib.influence.language import for_causal_lm
 
-MODULES = [
-    "bisect",
-    "calendar",
-    "configparser",
-    "contextlib",
-    "copy",
-    "csv",
-    "fractions",
-    "functools",
-]
-MODULES += [
-    "graphlib",
-    "heapq",
-    "json.decoder",
-    "json.encoder",
-    "pprint",
-    "queue",
-    "random",
-    "shlex",
-]
-MODULES += ["statistics", "string", "textwrap", "threading", "timeit", "optparse", "argparse"]
+MODULES = ["bisect", "configparser", "contextlib", "copy", "csv", "fractions", "functools"]
+MODULES += ["graphlib", "heapq", "json.decoder", "json.encoder", "optparse", "pprint", "queue"]
+MODULES += ["random", "shlex", "statistics", "string", "textwrap", "timeit"]
 QUERIES = [
     ("    def __enter__(self):\n        ", "return self"),
     ("    if n < 1:\n        raise ", "StatisticsError('mean requires at least one data point')"),
     ("        if isinstance(other, ", "Fraction):\n            return NotImplemented"),
     ("    def put(self, item, block=True, timeout=None):\n        with self.", "not_full:"),
-    ("    parser.", "add_argument('--verbose', action='store_true')"),
+    ("    parser.", "add_option('--verbose', action='store_true')"),
 ]
-LENGTH, WIDTH, DEPTH, HEADS, STEPS, BATCH = 96, 96, 3, 4, 600, 24
+LENGTH, WIDTH, DEPTH, HEADS, STEPS, BATCH = 96, 96, 3, 4, 500, 16
 
 
 # ---------------------------------------------------------------------- texts and tokens
@@ -91,9 +73,11 @@ def windows(name: str, source: str, tokenizer: Tokenizer) -> list[tuple[str, str
     found, first = [], 0
     for i in range(1, len(lines) + 1):
         if i == len(lines) or sum(sizes[first : i + 1]) > LENGTH:
-            found.append(("".join(lines[first:i]), f"{name}, lines {first + 1}-{i}"))
+            text = "".join(lines[first:i])
+            if len(text.strip()) > 20 and sum(sizes[first:i]) <= LENGTH:
+                found.append((text, f"{name}, lines {first + 1}-{i}"))
             first = i
-    return [(text, place) for text, place in found if len(text.strip()) > 20]
+    return found
 
 
 # -------------------------------------------------------------------------------- model
