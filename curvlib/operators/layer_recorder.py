@@ -144,7 +144,6 @@ class LayerRecorder:
         self.layers = tuple(layers)
         self.uncovered = uncovered
         self.replays = [HiddenReplay(m, own) for m, own in layers_inside(layers).items()]
-        self.called = dict.fromkeys((layer.name for layer in self.layers), 0)
         self.order = RowOrder.of(layers, apart)
         self._handles: list[RemovableHandle] = []
         self._passes: list[OpenPass] = []
@@ -238,7 +237,6 @@ class LayerRecorder:
         use = Use(layer, module, role, x, x._version, None, tuple(output.shape), None)
         slots = self._watched(found, [output], edges=self.order.unclear(use, found.examples))
         found.calls.append(NotedCall(use, None, slots))
-        self.called[layer] += 1
 
     def _note_replay(
         self, replay: HiddenReplay, _: nn.Module, args: Any, kwargs: Any, output: Any
@@ -369,7 +367,6 @@ class LayerRecorder:
                         inner.layer, replay.module, "matrix", x, x._version, None, shape, inner.keep
                     )
                     uses.append(replace(use, given=True))
-                    self.called[inner.layer] += 1
                     for mine, one in zip(gradients, inner.gradients, strict=True):
                         mine.append(one)
         for use in uses:

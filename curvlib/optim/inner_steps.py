@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvlib.optim.rules.first_order import FirstOrderState, adamw_all, init, sgd_all
+from curvlib.optim.rules.first_order import FirstOrderState, adamw, init, sgd
 
 RULES = ("adamw", "sgd")
 
@@ -36,9 +36,9 @@ def inner_steps(
     us = [along[id(p)] for p in params]
     if rule == "adamw":
         betas = (float(group["betas"][0]), float(group["betas"][1]))
-        found = adamw_all(params, us, before, betas=betas, eps=float(group["eps"]), **shared)
+        found = adamw(params, us, before, betas=betas, eps=float(group["eps"]), **shared)
     else:
-        found = sgd_all(params, us, before, momentum=float(group["momentum"]), **shared)
+        found = sgd(params, us, before, momentum=float(group["momentum"]), **shared)
     return [
         (p, change, {key: value for key, value in vars(new).items() if value is not None})
         for p, change, new in zip(params, *found, strict=True)

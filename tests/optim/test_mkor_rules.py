@@ -218,14 +218,14 @@ def test_first_order_rules_are_pytorchs(rule: str, decay: float) -> None:
     state = first_order.init(mine, squares=rule == "adamw")
     for u in vectors(12, (3, 2), 4):
         if rule == "adamw":
-            change, state = first_order.adamw(
-                mine, u, state, lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=decay
+            (change,), (state,) = first_order.adamw(
+                [mine], [u], [state], lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=decay
             )
         else:
             with torch.no_grad():
                 theirs.mul_(1 - 0.1 * decay)  # decoupled, which PyTorch's SGD has not
-            change, state = first_order.sgd(
-                mine, u, state, lr=0.1, momentum=0.7, weight_decay=decay
+            (change,), (state,) = first_order.sgd(
+                [mine], [u], [state], lr=0.1, momentum=0.7, weight_decay=decay
             )
         mine = mine + change
         theirs.grad = u

@@ -57,38 +57,6 @@ def init(parameter: Tensor, *, squares: bool) -> FirstOrderState:
 
 
 def sgd(
-    parameter: Tensor,
-    direction: Tensor,
-    state: FirstOrderState,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-) -> tuple[Tensor, FirstOrderState]:
-    r"""What is added to a parameter, and its state afterwards; nothing is changed in place.
-
-    Args:
-        parameter: Where it is, any shape.
-        direction: :math:`u_t`, in its shape.
-        state: Its averages.
-        lr: :math:`\eta`.
-        momentum: :math:`\mu`.
-        weight_decay: :math:`\lambda`.
-
-    Example:
-        >>> p, u = torch.zeros(2), torch.tensor([1.0, -2.0])
-        >>> settings = dict(lr=0.1, momentum=0.5, weight_decay=0.0)
-        >>> _, state = sgd(p, u, init(p, squares=False), **settings)
-        >>> sgd(p, u, state, **settings)[0]
-        tensor([-0.1500,  0.3000])
-    """
-    changes, states = sgd_all(
-        [parameter], [direction], [state], lr=lr, momentum=momentum, weight_decay=weight_decay
-    )
-    return changes[0], states[0]
-
-
-def sgd_all(
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
     states: Sequence[FirstOrderState],
@@ -97,7 +65,23 @@ def sgd_all(
     momentum: float,
     weight_decay: float,
 ) -> tuple[list[Tensor], list[FirstOrderState]]:
-    """The same for several parameters at once, which is faster: see :func:`sgd`."""
+    r"""What is added to each parameter, and its state afterwards; nothing is changed in place.
+
+    Args:
+        parameters: Where they are, of any shapes.
+        directions: :math:`u_t`, in their shapes.
+        states: Their averages.
+        lr: :math:`\eta`.
+        momentum: :math:`\mu`.
+        weight_decay: :math:`\lambda`.
+
+    Example:
+        >>> ps, us = [torch.zeros(2)], [torch.tensor([1.0, -2.0])]
+        >>> settings = dict(lr=0.1, momentum=0.5, weight_decay=0.0)
+        >>> _, states = sgd(ps, us, [init(ps[0], squares=False)], **settings)
+        >>> sgd(ps, us, states, **settings)[0]
+        [tensor([-0.1500,  0.3000])]
+    """
     buffers = list(torch._foreach_mul([s.momentum for s in states], momentum))
     torch._foreach_add_(buffers, _as(directions, buffers))
     changes = list(torch._foreach_mul(buffers, -lr))
@@ -110,39 +94,6 @@ def sgd_all(
 
 
 def adamw(
-    parameter: Tensor,
-    direction: Tensor,
-    state: FirstOrderState,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> tuple[Tensor, FirstOrderState]:
-    r"""What is added to a parameter, and its state afterwards; nothing is changed in place.
-
-    Args:
-        parameter: Where it is, any shape.
-        direction: :math:`u_t`, in its shape.
-        state: Its averages, with squares.
-        lr: :math:`\eta`.
-        betas: :math:`\beta_1, \beta_2`.
-        eps: :math:`\varepsilon`.
-        weight_decay: :math:`\lambda`.
-
-    Example:
-        >>> p, u = torch.zeros(2), torch.tensor([1.0, -2.0])
-        >>> settings = dict(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.0)
-        >>> adamw(p, u, init(p, squares=True), **settings)[0]
-        tensor([-0.1000,  0.1000])
-    """
-    changes, states = adamw_all(
-        [parameter], [direction], [state], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
-    return changes[0], states[0]
-
-
-def adamw_all(
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
     states: Sequence[FirstOrderState],
@@ -152,7 +103,23 @@ def adamw_all(
     eps: float,
     weight_decay: float,
 ) -> tuple[list[Tensor], list[FirstOrderState]]:
-    """The same for several parameters at once, which is faster: see :func:`adamw`."""
+    r"""What is added to each parameter, and its state afterwards; nothing is changed in place.
+
+    Args:
+        parameters: Where they are, of any shapes.
+        directions: :math:`u_t`, in their shapes.
+        states: Their averages, with squares.
+        lr: :math:`\eta`.
+        betas: :math:`\beta_1, \beta_2`.
+        eps: :math:`\varepsilon`.
+        weight_decay: :math:`\lambda`.
+
+    Example:
+        >>> ps, us = [torch.zeros(2)], [torch.tensor([1.0, -2.0])]
+        >>> settings = dict(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.0)
+        >>> adamw(ps, us, [init(ps[0], squares=True)], **settings)[0]
+        [tensor([-0.1000,  0.1000])]
+    """
     beta1, beta2 = betas
     steps = [s.steps + 1 for s in states]
     averages = [s.momentum for s in states]
