@@ -5,6 +5,7 @@ from curvlib.influence.candidates import Candidates, merged, uniform
 from curvlib.influence.filters import bm25, tfidf
 from curvlib.influence.horizon import training_damping
 from curvlib.influence.influence import Influence
+from curvlib.influence.language import LanguageInfluence, for_causal_lm
 from curvlib.influence.lds import LDS, linear_datamodeling_score
 from curvlib.influence.matrix import BoundedScores, bounded_scores, measured_recall, score_matrix
 from curvlib.influence.mislabel import MislabelDetection, mislabel_detection
@@ -24,6 +25,7 @@ __all__ = [
     "Candidates",
     "Influence",
     "InfluenceScores",
+    "LanguageInfluence",
     "MislabelDetection",
     "Plan",
     "ProximalResponse",
@@ -38,6 +40,7 @@ __all__ = [
     "error_norms",
     "example_losses",
     "factored_damping",
+    "for_causal_lm",
     "gradient_norms",
     "linear_datamodeling_score",
     "measured_recall",
