@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := curvlib-out/demo
+JOBS ?= 1
 
 .PHONY: help demo test lint examples bench venv clean
 .DEFAULT_GOAL := help
@@ -25,10 +26,12 @@ lint: $(STAMP) ## style, format, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-examples: $(STAMP) ## every example, three minutes each at most
-	@for f in examples/*.py; do \
-	  echo "== $$f"; timeout 180 $(BIN)/python "$$f" || exit 1; \
-	done
+examples: $(STAMP) ## every example, three minutes each at most, JOBS at a time
+	@mkdir -p curvlib-out/logs
+	@ls examples/*.py | OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} xargs -P $(JOBS) -I{} sh -c ' \
+	  log=curvlib-out/logs/$$(basename {} .py).log; start=$$(date +%s); \
+	  timeout 180 $(BIN)/python {} > $$log 2>&1; code=$$?; \
+	  echo "== {} ($$(($$(date +%s) - start)) s)"; cat $$log; [ $$code -eq 0 ] || exit 255'
 
 bench: $(STAMP) ## the benchmarks behind the numbers in the README (minutes; installs the peers)
 	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -e '.[bench]'
