@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.optim import arguments
+from curvlib.optim.clock import Clock
 from curvlib.optim.draws import signs, stream
 from curvlib.optim.gradients import accumulate, finite
 from curvlib.optim.replicas import average_gradients, size_of, sum_over_ranks
-from curvlib.optim.clock import Clock
 from curvlib.optim.shell import CurvatureOptimizer
 from tests.optim.small import F64, batches, by_backward, loss_of, net, same, train, weights
 
