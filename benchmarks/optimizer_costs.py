@@ -168,7 +168,7 @@ def cost(model: str, names: list[str] | None, rounds: int) -> list[dict[str, Any
     with attention():
         steppers = {k: Stepper(c, given) for k, c in chosen(model, names).items()}
         for one in steppers.values():
-            while one.taken < (150 if isinstance(one.opt, MFAC) else 1):  # a full window
+            while one.taken < (130 if isinstance(one.opt, MFAC) else 1):  # a full window
                 one.step()
         calls: dict[str, Callable[[], Any]] = {k: one.cycle for k, one in steppers.items()}
         source = torch.zeros(2**27)

@@ -123,7 +123,7 @@ METHODS: dict[str, Method] = {
     ),
     "MKOR": Method(
         lambda m, lr, t, more: MKOR(m, lr=lr, **more),
-        {"": -10},
+        {"": -9},
         {},
     ),
 }
