@@ -8,6 +8,7 @@ from curvlib.influence.influence import Influence
 from curvlib.influence.language import LanguageInfluence, for_causal_lm
 from curvlib.influence.lds import LDS, linear_datamodeling_score
 from curvlib.influence.matrix import BoundedScores, bounded_scores, measured_recall, score_matrix
+from curvlib.influence.merge import merged_searches
 from curvlib.influence.mislabel import MislabelDetection, mislabel_detection
 from curvlib.influence.plan import Plan, planned
 from curvlib.influence.proximal import ProximalResponse, proximal_response
@@ -45,6 +46,7 @@ __all__ = [
     "linear_datamodeling_score",
     "measured_recall",
     "merged",
+    "merged_searches",
     "mislabel_detection",
     "planned",
     "proximal_response",

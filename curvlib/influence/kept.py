@@ -176,6 +176,7 @@ def top_influence(
         mean=mean,
         std=variance.clamp_(min=0.0).sqrt_(),
         sample=state.sample_scores,
+        sample_keys=state.sample_keys,
         examples=state.examples,
         rescored=rescored,
         settings=settings,

@@ -105,6 +105,7 @@ class TopInfluence(Result):
         mean: Mean of all scores of each query, ``[Q]``.
         std: Their standard deviation, ``[Q]``.
         sample: Scores of a uniform random sample of the training examples, ``[Q, S]``.
+        sample_keys: What that sample is drawn by, a function of the examples' numbers, ``[S]``.
         examples: Training examples that were scored.
         rescored: Whether scores are those of uncompressed directions.
         unit: ``"inner_product"``, ``"nats"``, or ``"normalized"`` for normalized scores.
@@ -129,6 +130,7 @@ class TopInfluence(Result):
     mean: Tensor
     std: Tensor
     sample: Tensor
+    sample_keys: Tensor
     examples: int
     rescored: bool
     unit: str

@@ -83,6 +83,7 @@ def ranked(scores: Tensor, k: int, bottom: int, **changes: Any) -> TopInfluence:
         mean=scores.double().mean(1),
         std=scores.double().std(1, correction=0),
         sample=scores[:, torch.randperm(scores.shape[1], generator=seeded())[:1024]],
+        sample_keys=torch.arange(min(scores.shape[1], 1024)),
         examples=scores.shape[1],
         rescored=False,
         unit="nats",
