@@ -27,7 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("curvlib", "torch", "curvlinops-for-pytorch", "backpack-for-pytorch")
+PACKAGES = (
+    "curvlib",
+    "torch",
+    "curvlinops-for-pytorch",
+    "backpack-for-pytorch",
+    "kronfluence",
+    "pytorch_optimizer",
+)
 
 
 # --------------------------------------------------------------------------- problems
