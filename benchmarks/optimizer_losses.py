@@ -109,7 +109,7 @@ METHODS: dict[str, Method] = {
     ),
     "Sophia": Method(
         _sophia,
-        {"": -10},
+        {"": -10, "autoencoder": -13},
         {"": {"rho": 0.3, "correct_bias": True}},
     ),
     "M-FAC": Method(
