@@ -51,7 +51,9 @@ class AdaHessian(CurvatureOptimizer):
             value of its diagonal; where that is small beside its row, the average is noisy and
             often near zero by chance, so that it needs a larger ``eps`` (1e-2) and a smaller
             ``lr`` (a tenth) than the other, which is the default for that reason.
-        interval: Steps from one curvature update to the next.
+        interval: Steps from one curvature update to the next. Above 1, give the average a start:
+        warmup: So many first steps all take curvature in. Ten steps on a single noisy product
+            diverge at learning rates that ``interval=1`` stands; 30 make up for it.
         probes: Random vectors of each curvature update, each of which costs two gradients.
         block_size: Entries whose curvature is averaged: ``None``: the kernel of a convolution
             (tensors of 3 and more dimensions; all but the first two), as in the paper; or the
@@ -91,6 +93,7 @@ class AdaHessian(CurvatureOptimizer):
         weight_decay: float = 0.0,
         estimand: str = "rownorm",
         interval: int = 1,
+        warmup: int = 0,
         probes: int = 1,
         block_size: int | None = None,
         foreach: bool | None = None,
@@ -100,6 +103,11 @@ class AdaHessian(CurvatureOptimizer):
     ) -> None:
         self.estimand = arguments.choice("estimand", estimand, ESTIMANDS)
         self.interval = arguments.count("interval", interval)
+        if isinstance(warmup, bool) or not isinstance(warmup, int):
+            raise TypeError(f"warmup= is an int, got {type(warmup).__name__}")
+        if warmup < 0:
+            raise ValueError(f"warmup= is a number of steps, at least 0, got {warmup}")
+        self.warmup = warmup
         self.probes = arguments.count("probes", probes)
         self._verified = False
         defaults = {
@@ -124,7 +132,7 @@ class AdaHessian(CurvatureOptimizer):
             arguments.flag(group, "foreach")
 
     def _due(self) -> bool:
-        return self.clock.due(self.interval)
+        return self.clock.steps < self.warmup or self.clock.due(self.interval)
 
     def _observe(self, loss: Tensor, scale: float) -> list[Tensor | None]:
         members = self.trainable()

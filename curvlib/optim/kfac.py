@@ -89,7 +89,9 @@ class KFAC(CurvatureOptimizer):
         inverse_interval: Steps from one eigendecomposition to the next, at updates of factors.
         factor_decay: Of the moving averages of the factors.
         kl_clip: :math:`\kappa`, the largest :math:`\eta^2 V^\top (F + \lambda) V` of a group's
-            step (without momentum); ``None`` for no limit.
+            step (without momentum); ``None`` for no limit. Where it binds, it is the learning rate
+            and ``lr`` hardly matters: raise it with ``lr`` (:math:`0.03\,\eta^2` has served with
+            ``damping=0.003``), and tune ``damping`` along.
         weight_decay: Decoupled: each step subtracts ``lr * weight_decay * parameter``.
         inner: Rule of parameters without factors: ``"adamw"`` or ``"sgd"``.
         inner_scale: Their learning rate as a multiple of ``lr``, so that schedules act on both.

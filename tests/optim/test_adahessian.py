@@ -202,6 +202,21 @@ def test_an_interval_does_not_bias_the_average(estimand: str, interval: int) -> 
         assert opt.clock.curvature_updates == -(-t // interval)
 
 
+def test_warmup_takes_curvature_in_every_step_first() -> None:
+    """And the steps in it are those of interval 1."""
+    runs = [parameters() for _ in range(2)]
+    first = AdaHessian(runs[0], lr=0.01, interval=4, warmup=3, seed=5)
+    plain = AdaHessian(runs[1], lr=0.01, seed=5)
+    counts = []
+    for step in range(12):
+        by_closure(first, lambda: smooth(flattened(runs[0])))
+        counts.append(first.clock.curvature_updates)
+        if step < 3:
+            by_closure(plain, lambda: smooth(flattened(runs[1])))
+            assert torch.equal(flattened(runs[0]), flattened(runs[1]))
+    assert counts == [1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5]
+
+
 def test_newton_in_one_step_on_a_diagonal_quadratic() -> None:
     h = torch.tensor([10.0, 1.0, 0.1], dtype=F64)
     w = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=F64))
@@ -314,6 +329,8 @@ def test_memory_is_the_momentum_and_one_number_for_each_block() -> None:
         ({"estimand": "diag"}, ValueError, "estimand= is one of 'rownorm', 'diagonal', got 'diag'"),
         ({"interval": 0}, ValueError, "interval= is at least 1, got 0"),
         ({"interval": 2.5}, TypeError, "interval= is a whole number, got float"),
+        ({"warmup": -1}, ValueError, "warmup= is a number of steps, at least 0, got -1"),
+        ({"warmup": 2.5}, TypeError, "warmup= is an int, got float"),
         ({"probes": True}, TypeError, "probes= is a whole number, got bool"),
         ({"block_size": 0}, ValueError, "block_size= is at least 1, got 0"),
         ({"block_size": "kernel"}, TypeError, "block_size= is a whole number, got str"),
