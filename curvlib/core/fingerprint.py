@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from curvlib.core.content_numbers import content_keys
+from curvlib.core.content_numbers import content_keys, mixed
 from curvlib.core.data import batch_count, tensors
 from curvlib.core.operator import digest
 
@@ -45,7 +45,7 @@ def content_of(batch: Any) -> int:
     layout = int(digest([torch.empty(0, *t.shape[1:], dtype=t.dtype) for t in rows]), 16)
     total = layout * examples + (int(digest(others), 16) if others else 0)
     if rows:
-        total += int(content_keys(rows, examples).sum())
+        total += int(mixed(content_keys(rows, examples)).sum())
     return total % _WORD
 
 
@@ -72,7 +72,8 @@ def _dataset_content(dataset: Any) -> int:
     if isinstance(dataset, (list, tuple)):
         return sum(content_of(_with_axis(example)) for example in dataset) % _WORD
     if isinstance(dataset, Subset):
-        inner, indices = dataset.dataset, [int(i) for i in dataset.indices]
+        inner: Any = dataset.dataset
+        indices = [int(i) for i in dataset.indices]
         if isinstance(inner, TensorDataset):
             return content_of([t[indices] for t in inner.tensors])
         if isinstance(inner, (list, tuple)):

@@ -63,7 +63,8 @@ class Group:
         Raises:
             RuntimeError: If another rank has ended or does not answer.
         """
-        axes = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d))
+        strides = tensor.stride()
+        axes = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
         flat = tensor.permute(axes)
         sent = flat if flat.is_contiguous() else tensor.contiguous()
         with self._answered("a sum over ranks"):
@@ -145,16 +146,13 @@ class Group:
         failure: Exception | None = None
         try:
             yield
-        except Exception as error:  # told to the others, then raised again
+        except Exception as error:  # noqa: BLE001 (told to the others, then raised again)
             failure = error
         self.require_success(failure, what)
 
     def require_success(self, failure: Exception | None, what: str) -> None:
         """Raises on every rank if there was a failure on any: see :meth:`together`."""
-        failed = [
-            rank for rank, (bad,) in enumerate(self.numbers([float(failure is not None)])) if bad
-        ]
-        if failed:
+        if self.most([float(failure is not None)])[0]:
             self.raise_failure(failure, what)
 
     def raise_failure(self, failure: Exception | None, what: str) -> None:

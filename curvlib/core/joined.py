@@ -106,8 +106,7 @@ def _require_alike(group: Group, every: list[list[float]]) -> None:
         ),
         13: (
             "parameters or buffers",
-            "give every rank the same weights: load one state_dict, seed before the model is "
-            "built, or wrap it in DistributedDataParallel, which broadcasts them",
+            "load one state_dict on every rank, or wrap the model in DistributedDataParallel",
         ),
         15: (
             "vectors that are multiplied",
@@ -136,7 +135,7 @@ def _notice_copies(group: Group, risk: Risk, every: list[list[float]]) -> None:
     if risk.noticed_copies:
         return
     risk.noticed_copies = True
-    first = {tuple([*row[2:4], *row[17:19]]) for row in every}
+    first = {(*row[2:4], *row[17:19]) for row in every}
     if len(first) == 1 and every[0][2] and group.first:
         sums = ", and this risk is a sum: it is that many times too large"
         warnings.warn(

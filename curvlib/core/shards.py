@@ -70,7 +70,8 @@ def part_of(data: Any, rank: int, size: int) -> Any:
     if isinstance(data, DataLoader):
         if isinstance(data.sampler, DistributedSampler):
             return data
-        if isinstance(data.sampler, RandomSampler):
+        shuffles = isinstance(data.sampler, RandomSampler)
+        if shuffles:
             raise ValueError(
                 "the DataLoader shuffles, so every rank would draw another order and shards would "
                 "overlap; use shuffle=False, which changes nothing in a mean over all data"
@@ -108,7 +109,7 @@ class _Batches:
 
     def __len__(self) -> int:
         cut = _cut(len(self.batches), self.rank, self.size)
-        return cut.stop - cut.start
+        return int(cut.stop - cut.start)
 
     def __iter__(self) -> Iterator[Any]:
         cut = _cut(len(self.batches), self.rank, self.size)
