@@ -140,6 +140,11 @@ def require_same_kind(a: LinearOperator, b: LinearOperator, sign: str) -> None:
         raise TypeError(f"cannot combine {a.dtype} and {b.dtype} operators with {sign!r}")
     if a.device != b.device:
         raise ValueError(f"cannot combine operators on {a.device} and {b.device} with {sign!r}")
+    if a.spread != b.spread:
+        raise ValueError(
+            f"cannot combine operators whose vectors are spread over processes differently with "
+            f"{sign!r}: make both of risks with the same parameters of the same sharded model"
+        )
     if a.group is not None and b.group is not None and a.group != b.group:
         raise ValueError(
             f"cannot combine operators of different process groups with {sign!r}: make both risks "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +25,15 @@ class Batch:
         data: The batch, on the risk's device.
         scale: Factor of the batch's sums in the risk: ``1 / W`` where ``W`` is known before the
             pass (data in memory), else 1, and the pass divides at its end.
+        lent: Whether it stands in for none, where ranks have to go through batches together:
+            its total and weight are then 0.
     """
 
     risk: Risk
     index: int
     data: Any
     scale: float = 1.0
+    lent: bool = False
 
     @property
     def target(self) -> Any:
@@ -49,6 +52,8 @@ class Batch:
     @property
     def weight(self) -> Tensor | float:
         """Denominator of the batch's mean: its number of valid loss terms."""
+        if self.lent:
+            return 0.0
         risk, target = self.risk, self.target
         if risk.take_weight is not None:
             value = risk.take_weight(self.data)
@@ -78,6 +83,8 @@ class Batch:
 
     def total(self, output: Any) -> Tensor:
         """Sum of the loss terms, as a scalar that carries its graph."""
+        if self.lent:
+            return replace(self, lent=False).total(output) * 0.0
         risk = self.risk
         if risk.loss.known or risk.loss.reduction == "sum":
             return risk.loss.total(output, self.target)

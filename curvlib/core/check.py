@@ -271,11 +271,11 @@ def central_difference(batch: Batch, vector: Tensor) -> Tensor:
     """
     space = batch.risk.space
     center = {n: p.detach() for n, p in batch.risk.params.items()}
-    norm = float(torch.linalg.vector_norm(vector))
+    norm = space.norm(vector)
     if norm == 0.0:
         return torch.zeros_like(vector)
     precision = max(torch.finfo(d).eps for d in space.dtypes)
-    length = 1.0 + float(torch.linalg.vector_norm(space.join(list(center.values()))))
+    length = 1.0 + space.norm(space.join(list(center.values())))
     h = precision ** (1.0 / 3.0) * length / norm
     ends = []
     for step in (h, -h):

@@ -5,7 +5,7 @@ With :math:`R` ranks, each holding a shard of the data, every pass over the data
 =============  ============================  ==========================================
 what           bytes a rank sends            why
 =============  ============================  ==========================================
-a header       :math:`8 n R`, n = 19         weights, failures, and whether ranks agree
+a header       :math:`8 n R`, n = 20         weights, failures, and whether ranks agree
 the sum        :math:`2 S (R - 1) / R`       the sum itself, :math:`S` bytes, once
 =============  ============================  ==========================================
 
@@ -104,6 +104,22 @@ class Group:
             dist.all_gather(every, padded, group=self.process_group)
         return [part[:n] for part, n in zip(every, counts, strict=True)]
 
+    def joined(self, block: Tensor) -> Tensor:
+        """Blocks ``[c, ...]`` of equal shape, one for each rank, as ``[R c, ...]`` on every rank."""
+        out = block.new_empty((self.size * block.shape[0], *block.shape[1:]))
+        send = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._answered("a gathering of a sharded tensor"):
+            send(out, block.contiguous(), group=self.process_group)
+        return out
+
+    def own_sum(self, blocks: Tensor) -> Tensor:
+        """This rank's block ``[c, ...]`` of the sum over ranks of ``[R c, ...]``."""
+        out = blocks.new_empty((blocks.shape[0] // self.size, *blocks.shape[1:]))
+        send = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        with self._answered("a sum of a sharded tensor"):
+            send(out, blocks.contiguous(), group=self.process_group)
+        return out
+
     def texts(self, text: str) -> list[str]:
         """A text of each rank, in the order of ranks."""
         own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -131,6 +147,14 @@ class Group:
                 like, src=dist.get_global_rank(self.process_group, 0), group=self.process_group
             )
         return like
+
+    def lent(self, value: Any, lender: int) -> Any:
+        """A value of one rank, pickled, on every rank."""
+        items = [value]
+        source = dist.get_global_rank(self.process_group, lender)
+        with self._answered("the lending of a batch"):
+            dist.broadcast_object_list(items, src=source, group=self.process_group)
+        return items[0]
 
     def wait(self) -> None:
         """Returns when every rank has come here."""

@@ -1,10 +1,13 @@
 r"""What ranks exchange at the end of a pass: a header each, and the sum of their shards, once.
 
-The header has nineteen numbers: whether the rank failed, the weight, batches and examples of its
-shard, the shape and type of its sum, and digests of what must be alike on all ranks: program and
+The header has twenty numbers: whether the rank failed, the weight, batches and examples of its
+shard, the shape and type of its sum, whether that is finite, and digests of what must be alike on all ranks: program and
 problem (:func:`problem_digest`), parameters, and the vectors that are multiplied. So a rank without
 data learns what zeros to add, a failure is everybody's, and vectors or parameters that differ are
 told instead of mixed up.
+
+Where parameters are sharded, sums in their space are complete when a pass ends, each rank with its
+own rows of them: then only the header is sent.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Shard:
         batches: How many batches there were.
         examples: How many examples.
         failure: What went wrong.
+        finite: Whether the sum is known to be so; only looked at for rows.
     """
 
     total: Tensor | None
@@ -45,9 +49,12 @@ class Shard:
     batches: int
     examples: int
     failure: Exception | None = None
+    finite: bool = True
 
 
-def joined(group: Group, risk: Risk, own: Shard, given: Tensor | None = None) -> Shard:
+def joined(
+    group: Group, risk: Risk, own: Shard, given: Tensor | None = None, *, rows: bool = False
+) -> Shard:
     """The sum of the ranks' shards, the same on every rank.
 
     Args:
@@ -55,6 +62,7 @@ def joined(group: Group, risk: Risk, own: Shard, given: Tensor | None = None) ->
         risk: Their risk.
         own: This rank's shard.
         given: What the pass multiplies: it must be the same on every rank.
+        rows: Whether each rank's sum is its own rows of the whole sum.
 
     Raises:
         RuntimeError: If a rank failed, or ranks differ in program, parameters or vectors.
@@ -66,8 +74,10 @@ def joined(group: Group, risk: Risk, own: Shard, given: Tensor | None = None) ->
             "each shard with Risk(..., group=False), and average gradients as for any loss"
         )
         own = Shard(None, 0.0, 0, 0, graph)
-    shape = [] if own.total is None else list(own.total.shape)
-    kind = -1 if own.total is None else _DTYPES.index(own.total.dtype)
+    added = None if rows else own.total
+    shape = [] if added is None else list(added.shape)
+    kind = -1 if added is None else _DTYPES.index(added.dtype)
+    finite = added is own.total or bool(torch.isfinite(own.total).all())
     header = [
         float(own.failure is not None),
         own.weight,
@@ -79,8 +89,9 @@ def joined(group: Group, risk: Risk, own: Shard, given: Tensor | None = None) ->
         float(risk.device.type == "cpu"),
         *halves(risk.signature()),
         *halves(_parameters(risk)),
-        *halves(0 if given is None else bits(given)),
+        *halves(0 if given is None or rows else bits(given)),
         *halves(risk.first_content),
+        float(finite),
     ]
     every = group.numbers(header)
     if any(row[0] for row in every):
@@ -88,13 +99,13 @@ def joined(group: Group, risk: Risk, own: Shard, given: Tensor | None = None) ->
     _require_alike(group, every)
     _notice_copies(group, risk, every)
     total = own.total
-    if total is None:
-        total = _zeros(every, risk.device)
-    if total is not None:
-        total = group.add(total)
+    if not rows:
+        total = _zeros(every, risk.device) if total is None else total
+        total = None if total is None else group.add(total)
     columns = zip(*every, strict=True)
     _, weights, batches, examples, *_ = (sum(column) for column in columns)
-    return Shard(total, float(weights), int(batches), int(examples))
+    finite = all(row[19] for row in every)
+    return Shard(total, float(weights), int(batches), int(examples), finite=finite)
 
 
 def _require_alike(group: Group, every: list[list[float]]) -> None:
@@ -175,7 +186,7 @@ def bits(tensor: Tensor) -> int:
 
 def _parameters(risk: Risk) -> int:
     """Bits of parameters, and of the buffers that a forward pass reads in evaluation mode."""
-    held: list[Tensor] = list(risk.model.parameters())
+    held: list[Tensor] = [p for p in risk.model.parameters() if id(p) not in risk.places]
     for module in risk.model.modules():
         if not module.training:
             held += [b for b in module._buffers.values() if b is not None]

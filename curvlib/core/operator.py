@@ -13,7 +13,7 @@ are accepted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from curvlib.core.group import Group
     from curvlib.core.space import ParamSpace
+    from curvlib.core.spread import Spread
 
 Matmat = Callable[[Tensor], Tensor]
 
@@ -53,6 +54,8 @@ class LinearOperator:
         restrict: Returns the operator of a subset of the parameters (given by name) where
             that is cheaper than a submatrix.
         group: The processes that have to multiply together, each by the same columns.
+        spread: Which rows of vectors this process holds where they are spread over several
+            (a square operator of sharded parameters); ``shape`` is that of the whole.
 
     Example:
         >>> import torch
@@ -79,6 +82,7 @@ class LinearOperator:
         restrict: Callable[[tuple[str, ...]], LinearOperator] | None = None,
         differentiable: Matmat | None = None,
         group: Group | None = None,
+        spread: Spread | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -96,12 +100,18 @@ class LinearOperator:
         self.space = space
         self.name = name
         self.group = group
+        self.spread = spread
         self._product = matmat
         self._transposed_product = matmat if self.symmetric else rmatmat
         self._identity = identity
         self._restrict = restrict
         self._differentiable = differentiable
         self._base: LinearOperator | None = None  # what this is the transpose of
+
+    @property
+    def length(self) -> int:
+        """Rows of a vector that this process holds: ``shape[1]`` unless they are spread."""
+        return self.shape[1] if self.spread is None else self.spread.length
 
     # ---------------------------------------------------------------- products
     def matmat(self, columns: Tensor) -> Tensor:
@@ -144,7 +154,7 @@ class LinearOperator:
         return self._multiply(columns, self._differentiable, self.shape)
 
     def _multiply(self, columns: Tensor, product: Matmat, shape: tuple[int, ...]) -> Tensor:
-        rows, length = shape
+        rows, length = shape if self.spread is None else (self.spread.length, self.spread.length)
         if not isinstance(columns, Tensor):
             raise TypeError(
                 f"expected a torch.Tensor of shape [{length}, K], got {type(columns).__name__}; "
@@ -181,13 +191,13 @@ class LinearOperator:
         if isinstance(other, LinearOperator):
             return algebra.product(self, other)
         if isinstance(other, Tensor) and other.ndim == 1:
-            return self.matmat(algebra.as_column(other, self.shape[1]))[:, 0]
+            return self.matmat(algebra.as_column(other, self.length))[:, 0]
         return self.matmat(other)
 
     def __rmatmul__(self, other: Any) -> Any:
         """``v @ A`` (a row vector) or ``V @ A`` with rows ``[K, m]``."""
         if isinstance(other, Tensor) and other.ndim == 1:
-            return self.rmatmat(algebra.as_column(other, self.shape[0]))[:, 0]
+            return self.rmatmat(algebra.as_column(other, self._height))[:, 0]
         if isinstance(other, Tensor):
             return self.rmatmat(other.mT).mT
         return NotImplemented
@@ -272,6 +282,7 @@ class LinearOperator:
         Raises:
             ValueError: If an index is out of range, or a glob matches nothing.
         """
+        self._require_whole("submatrix")
         return algebra.submatrix(self, rows, columns)
 
     def blocks(self) -> dict[str, LinearOperator]:
@@ -297,6 +308,7 @@ class LinearOperator:
     # ------------------------------------------------------------- conversions
     def to_dense(self, *, block: int = 64) -> Tensor:
         """The matrix ``[m, n]``, by products with ``block`` columns of the identity at a time."""
+        self._require_whole("to_dense")
         rows, columns = self.shape
         out = torch.empty((columns, rows), dtype=self.dtype, device=self.device).T
         for start in range(0, columns, block):
@@ -338,22 +350,42 @@ class LinearOperator:
             "name": self.name,
             "identity": self.fingerprint,
             "group": self.group,
+            "spread": self.spread,
         }
         return LinearOperator(matmat, **(settings | changes))
+
+    @property
+    def _height(self) -> int:
+        return self.shape[0] if self.spread is None else self.spread.length
+
+    def _require_whole(self, what: str) -> None:
+        if self.spread is not None:
+            raise ValueError(
+                f"{what} needs whole vectors, and those of {self!r} are spread over "
+                f"{self.spread.group.size} processes (a sharding that curvlib cannot follow here); "
+                "multiply by op @ space.scatter(v), or use a model without fully_shard"
+            )
 
     def _require_square(self, what: str) -> None:
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"{what} needs a square operator, got shape {self.shape}")
 
 
-def as_operator(matrix: LinearOperator | Tensor) -> LinearOperator:
+def as_operator(matrix: LinearOperator | Tensor, *, spread: bool = False) -> LinearOperator:
     """An operator as it is, or a dense square or rectangular tensor as an operator.
+
+    Args:
+        matrix: The operator or tensor.
+        spread: Whether the caller follows vectors that are spread over processes.
 
     Raises:
         TypeError: If ``matrix`` is neither, or not of a real floating-point type.
-        ValueError: If the tensor is not two-dimensional.
+        ValueError: If the tensor is not two-dimensional, or vectors are spread over processes
+            where that is not followed.
     """
     if isinstance(matrix, LinearOperator):
+        if not spread:
+            matrix._require_whole("this function")
         return matrix
     if not isinstance(matrix, Tensor):
         raise TypeError(
@@ -375,7 +407,7 @@ def as_operator(matrix: LinearOperator | Tensor) -> LinearOperator:
     )
 
 
-def digest(tensors: Sequence[Tensor]) -> str:
+def digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the bytes, shapes and types of some tensors (16 hexadecimal digits)."""
     sha = hashlib.sha256()
     for tensor in tensors:

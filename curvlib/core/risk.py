@@ -16,20 +16,24 @@ In an initialized process group the data is this rank's *shard*: :math:`b` runs 
 all ranks, each loops over its own, and the sums are added up once for each pass
 (:mod:`curvlib.core.joined`). Shards may be unequal, or empty. :func:`curvlib.shard` takes a rank's
 part of data that all ranks hold.
+
+Parameters may be sharded over the ranks (FSDP2): then vectors in their space are too, and the ranks
+go through their batches together (:mod:`curvlib.core.sharded`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
-from curvlib.core import shards
+from curvlib.core import sharded, shards
 from curvlib.core.batch import Batch, misread_mean
 from curvlib.core.data import (
     describe,
@@ -47,6 +51,8 @@ from curvlib.core.space import ParamSelection, ParamSpace, clean_name, select
 
 if TYPE_CHECKING:
     from curvlib.core.check import Report
+
+T = TypeVar("T")
 
 
 class Risk:
@@ -118,11 +124,19 @@ class Risk:
         self.take_target = target
         self.take_weight = weight
         self.in_memory = in_memory(data, pairs=forward is None)
-        self.params = select(self.model, params)
-        self.space = ParamSpace.from_named(self.params)
+        self.group: Group | None = group_of(group)
+        self._held = select(self.model, params)
+        self.places: dict[int, sharded.Place] = {}  # of parameters that are sharded
+        if sharded.has_sharded(self.model):
+            self.places = sharded.places_of(self.model, self.group)
+            self._held = select(self.model, params)  # what resharding has put back
+        self.params = {name: self._leaf(p) for name, p in self._held.items()}
+        spread = sharded.spread_of(self._held, self.places)
+        self.space = replace(ParamSpace.from_named(self.params), spread=spread)
+        self._regather: sharded.Regather | None = None  # during a pass
+        self._loan: Batch | None = None  # what a rank without batches goes through with others
         self.device = self.space.device if device is None else torch.device(device)
         self._batches = reiterable(data) if self.in_memory is None else self.in_memory
-        self.group: Group | None = group_of(group)
         self.known_bits: tuple[Any, int] | None = None  # of the parameters, for other ranks
         self.first_content = 0  # of the first batch, for other ranks
         self.noticed_copies = False  # whether shards were compared
@@ -136,7 +150,7 @@ class Risk:
         self.draws = passes.Draws(self.device)
         self._owners = [  # where each parameter is found in the model
             (module, key, name)
-            for name, p in self.params.items()
+            for name, p in self._held.items()
             for module in self.model.modules()
             for key, held in module._parameters.items()
             if held is p
@@ -155,17 +169,17 @@ class Risk:
                 part = batch.total(batch.output()).to(self.space.dtype) * batch.scale
             return part if total is None else total + part
 
-        return self.accumulate(add)
+        return self.accumulate(add, rows=False)
 
     def gradient(self) -> Tensor:
-        """The gradient of the risk, ``[P]``."""
+        """The gradient of the risk, ``[P]``; this rank's rows where parameters are sharded."""
 
         def add(batch: Batch, total: Tensor | None) -> Tensor:
             out = self.space.empty() if total is None else total
             self.space.write(batch.gradient(), out, scale=batch.scale, add=total is not None)
             return out
 
-        return self.accumulate(add)
+        return self.accumulate(add, rows=True)
 
     def weight(self) -> float:
         """Total weight ``W`` of the loss terms (1 for ``reduction="sum"``), in one pass."""
@@ -191,7 +205,8 @@ class Risk:
     def signature(self) -> int:
         """64 bits of what has to be alike on all ranks, except for parameters and data."""
         modes = "".join("t" if m.training else "e" for m in self.model.modules())
-        words = [*self.space.names, *self.space.shapes, self.space.dtype, modes]
+        words = [*self.space.names, *(p.shape for p in self._held.values())]
+        words += [self.space.dtype, modes]
         words += [torch.__version__, self.loss.describe(), self.loss.reduction]
         functions = (self.take_output, self.take_target, self.take_weight, self.loss.function)
         return problem_digest(words, functions)
@@ -205,7 +220,7 @@ class Risk:
 
     def on(self, data: Any) -> Risk:
         """The same model, loss and parameters on other data, with random draws of its own."""
-        return self._with(data, list(self.params.values()))
+        return self._with(data, list(self._held.values()))
 
     def of(self, model: nn.Module) -> Risk:
         """The same loss and data for another model, such as a copy, by the parameters' names.
@@ -215,7 +230,8 @@ class Risk:
         """
         every = passes.uncompiled(model).named_parameters(remove_duplicate=False)
         named = {clean_name(name): p for name, p in every}
-        for name, shape in zip(self.space.names, self.space.shapes, strict=True):
+        for name, p in self._held.items():
+            shape = p.shape
             if name not in named or named[name].shape != shape:
                 found = list(named[name].shape) if name in named else "no such parameter"
                 raise ValueError(
@@ -226,7 +242,7 @@ class Risk:
 
     def alone(self) -> Risk:
         """The risk of this rank's shard, which does not communicate."""
-        out = self._with(self.data, list(self.params.values()), group=False)
+        out = self._with(self.data, list(self._held.values()), group=False)
         out.draws = self.draws
         return out
 
@@ -256,13 +272,17 @@ class Risk:
 
     def part(self, names: Iterable[str]) -> Risk:
         """The risk as a function of some of its parameters, which it need not depend on."""
-        out = self.restrict([self.params[name] for name in names])
+        out = self.restrict([self._held[name] for name in names])
         out.is_part = True
         return out
 
     # --------------------------------------------------------------------- loop
     def accumulate(
-        self, add: Callable[[Batch, Tensor | None], Tensor], given: Tensor | None = None
+        self,
+        add: Callable[[Batch, Tensor | None], Tensor],
+        given: Tensor | None = None,
+        *,
+        rows: bool | None = None,
     ) -> Tensor:
         """Sums a function of batches over the data: the mean, or sum, over loss terms.
 
@@ -274,6 +294,9 @@ class Risk:
                 with the batch's term added: a sum over its loss terms, times ``batch.scale``. It
                 may work in place on the sum.
             given: What the pass multiplies, which must be the same on every rank.
+            rows: Whether the sum lies in the space of the parameters, ``[P, ...]``: where they
+                are sharded, each rank's sum is then complete as it is. ``None`` for a function
+                that is not made for that.
 
         Returns:
             The sum, divided by ``W`` (which is 1 for ``reduction="sum"``).
@@ -283,11 +306,18 @@ class Risk:
             RuntimeError: If the data changed between two passes, or another rank failed.
             FloatingPointError: If the sum is not finite; names the batch and the layer.
         """
+        if rows is None and self.places:
+            raise ValueError(self._unfollowed())
         known = self._known_weight()
-        found = self._joined_pass(add, 1.0 if known is None else 1.0 / known, given)
+        rows = bool(rows) and self.space.spread is not None
+        found = self._joined_pass(add, 1.0 if known is None else 1.0 / known, given, rows)
         total = _some(found.total)
         if known is None:
             total.div_(_positive(found.weight))
+        if rows:
+            if not found.finite:
+                raise FloatingPointError(_NOT_FINITE)
+            return total
         # one read: overflow of the sum alone is told apart by the second
         if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
             from curvlib.core.check import non_finite
@@ -300,9 +330,12 @@ class Risk:
         add: Callable[[Batch, Tensor | None], Tensor],
         scale: float,
         given: Tensor | None = None,
+        rows: bool = False,
     ) -> Shard:
         if self.group is None:
             return self._pass(add, scale)
+        if self.places:  # what fails on one rank alone is met by the others when it ends
+            return joined(self.group, self, self._pass(add, scale), given, rows=rows)
         try:
             own = self._pass(add, scale)
         except Exception as failure:  # noqa: BLE001 (told to the other ranks, then raised again)
@@ -314,10 +347,12 @@ class Risk:
         total: Tensor | None = None
         weight: Tensor | float = 0.0
         count, examples = 0, 0
-        with self.untouched():
-            for batch in self.batches(scale, shard=True):
-                count, examples = count + 1, examples + batch.examples
+        with self.untouched(), self._gathering():
+            for batch in self._together(scale) if self.places else self.batches(scale, shard=True):
                 total = add(batch, total)
+                if batch.lent:
+                    continue
+                count, examples = count + 1, examples + batch.examples
                 if scale == 1.0 and self.loss.reduction != "sum":
                     weight = weight + batch.weight
                 if batch.index > 0 and self._misread is not None:
@@ -339,13 +374,60 @@ class Risk:
         Raises:
             RuntimeError: If a parameter of the model was replaced since the risk was made.
         """
+        if self.places:
+            sharded.reshard(self.model)
         for module, key, name in self._owners:
-            if module._parameters.get(key) is not self.params[name]:
+            if module._parameters.get(key) is not self._held[name]:
                 raise RuntimeError(
                     f"parameter {name!r} was replaced by another tensor since this risk was made "
                     "(by assignment, or load_state_dict(assign=True)); make a new Risk"
                 )
-        return passes.arranged(self.model, self.params, self.device)
+        return passes.arranged(self.model, self._held, self.device)
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        if not self.places:
+            yield
+            return
+        with sharded.gathering(self.model, self.places) as self._regather:
+            try:
+                yield
+            finally:
+                self._regather = None
+
+    def _together(self, scale: float) -> Iterator[Batch]:
+        """As :meth:`batches`, as often on every rank: those that have no more go through a batch
+        that they had, or that another rank has lent, whose loss they multiply by zero."""
+        own = iter(self.batches(scale, shard=True))
+        while True:
+            batch, failure = None, None
+            try:
+                batch = next(own, None)
+            except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
+                failure = error
+            if self.group is None:
+                if failure is not None:
+                    raise failure
+                if batch is None:
+                    return
+                yield batch
+                continue
+            own_state = [failure is not None, batch is not None, self._loan is not None]
+            every = self.group.numbers([float(flag) for flag in own_state])
+            if any(row[0] for row in every):
+                self.group.raise_failure(failure, "a pass over its data")
+            if not any(row[1] for row in every):
+                return
+            if not all(row[1] or row[2] for row in every):
+                lender = next(rank for rank, row in enumerate(every) if row[1])
+                lent = None if batch is None else to_device(batch.data, torch.device("cpu"))
+                data = to_device(self.group.lent(lent, lender), self.device)
+                if batch is None:
+                    self._loan = Batch(self, 0, data, scale, lent=True)
+            if batch is not None:
+                self._loan = replace(batch, lent=True)
+            assert self._loan is not None
+            yield self._loan if batch is None else batch
 
     def batches(self, scale: float = 1.0, *, shard: bool = False) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
@@ -391,6 +473,8 @@ class Risk:
         Raises:
             TypeError: If the batch is of an unknown kind and there is no ``forward=``.
         """
+        if self.places and self._regather is None:
+            raise ValueError(self._unfollowed())
         if params is not None:
             return self.replaced(params, lambda: self.call(data))
         if self._noticed:
@@ -403,6 +487,11 @@ class Risk:
 
     def replaced(self, params: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
         """Calls a function while parameters have other values, by the names of :attr:`space`."""
+        if self.places:
+            if self._regather is None:
+                raise ValueError(self._unfollowed())
+            with self._regather.instead({id(self._held[n]): v for n, v in params.items()}):
+                return function()
         raw = {id(p): name for name, p in self._holder.named_parameters()}
         values = {raw[id(self.params[name])]: value for name, value in params.items()}
         return torch.func.functional_call(self._holder, values, (lambda _: function(),))
@@ -429,9 +518,37 @@ class Risk:
         self._verified.add(batch.index)
         self._misread = self._misread or misread_mean(batch, output, value)
 
+    def bytes_saved(self, build: Callable[[], T]) -> tuple[T, int]:
+        """A graph of sharded parameters, and the bytes that it holds, the most of any rank."""
+        assert self._regather is not None
+        before = self._regather.saved
+        graph = build()
+        size = self._regather.saved - before
+        return graph, size if self.group is None else int(self.group.most([size])[0])
+
+    def whole(self, param: Tensor) -> Tensor:
+        """A parameter of the model as a plain tensor, gathered where it is sharded."""
+        place = self.places.get(id(param))
+        if place is None:
+            return param
+        if place.group is None:
+            return place.leaf.detach()
+        return sharded.gathered(place.leaf.detach(), place.slices, place.group)
+
+    def _leaf(self, param: Tensor) -> Tensor:
+        place = self.places.get(id(param))
+        return param if place is None else place.leaf.requires_grad_()
+
+    def _unfollowed(self) -> str:
+        return (
+            f"{sharded.UNFOLLOWED}: the parameters are sharded, and this function needs them whole. "
+            "risk.value(), risk.gradient(), curvlib.hessian and curvlib.ggn follow them; for "
+            "others, load the parameters into a model without fully_shard"
+        )
+
     def __repr__(self) -> str:
         return (
-            f"Risk({type(self.model).__name__}, {self.loss.describe()}, {self.space.size} "
+            f"Risk({type(self.model).__name__}, {self.loss.describe()}, {self.space.total} "
             f"parameters in {len(self.space.names)} tensors, data: {describe(self.data)})"
         )
 
@@ -450,6 +567,11 @@ class Risk:
             )
 
 
+_NOT_FINITE = (
+    "the sum over the ranks' batches is not finite in a row of some rank: a loss or a derivative "
+    "overflows or is undefined here, or the vectors are not finite; look at the data, the "
+    "parameters and the loss, or use a higher precision"
+)
 _NO_BATCH = (
     "the data has no batch: the data set is empty, or drop_last=True dropped its only "
     "batch; pass at least one batch"

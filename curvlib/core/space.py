@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from curvlib.core.spread import Spread
+
 #: What selects parameters: globs on their names, modules, or the tensors themselves.
 ParamSelection = str | nn.Module | Tensor | Iterable[str | nn.Module | Tensor] | None
 
@@ -30,6 +32,8 @@ class ParamSpace:
         dtypes: Type of each parameter.
         dtype: Type of the flat vectors: float64 for float64 parameters, else float32.
         device: Where parameters and vectors live.
+        spread: Which rows of the vectors are here where parameters are sharded; shapes, sizes and
+            flat vectors are then those of this rank's slices.
 
     Example:
         >>> import torch
@@ -45,6 +49,7 @@ class ParamSpace:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
+    spread: Spread | None = None
 
     @classmethod
     def of(cls, model: nn.Module, params: ParamSelection = None) -> ParamSpace:
@@ -100,6 +105,42 @@ class ParamSpace:
     def size(self) -> int:
         """``P``, the length of a flat vector."""
         return sum(self.sizes)
+
+    @property
+    def total(self) -> int:
+        """``P``, of the whole vector where ranks hold rows of it; else as :attr:`size`."""
+        return self.size if self.spread is None else self.spread.size
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """The whole vector ``[P]`` or block ``[P, K]`` on every rank, from each rank's rows.
+
+        The order is that of one process. Where parameters are not sharded, the vector itself.
+
+        Raises:
+            ValueError: If the length does not fit.
+        """
+        if self.spread is None:
+            self.split(flat)  # checks the length
+            return flat
+        return self.spread.gather(flat)
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a whole vector ``[P]`` or block ``[P, K]``: see :meth:`gather`.
+
+        Raises:
+            ValueError: If the length does not fit.
+        """
+        if self.spread is None:
+            self.split(whole)  # checks the length
+            return whole
+        return self.spread.scatter(whole)
+
+    def norm(self, flat: Tensor) -> float:
+        """Euclidean norm of a vector, of all ranks' rows together."""
+        if self.spread is None:
+            return float(torch.linalg.vector_norm(flat))
+        square = torch.linalg.vector_norm(flat).double().square()
+        return float(self.spread.sum(square).sqrt())
 
     def slice(self, name: str) -> slice:
         """Where the parameter ``name`` lies in a flat vector.
@@ -214,6 +255,7 @@ class ParamSpace:
             tuple(self.dtypes[i] for i in keep),
             self.dtype,
             self.device,
+            None if self.spread is None else self.spread.restrict(keep),
         )
 
 

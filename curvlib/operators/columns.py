@@ -31,7 +31,10 @@ def pieces(count: int, room: int, space: ParamSpace | None = None) -> list[slice
     size = min(MAX_COLUMNS, room)
     if space is not None:
         largest = MAX_BYTES.get(space.device.type, MAX_BYTES["cuda"])
-        size = min(size, largest // (space.size * torch.finfo(space.dtype).bits // 8))
+        share = space.size  # of this rank; ranks have to decide alike
+        if space.spread is not None:
+            share = -(-space.spread.size // space.spread.group.size)
+        size = min(size, largest // (share * torch.finfo(space.dtype).bits // 8))
     parts = -(-count // max(1, size))
     ends = [round(i * count / parts) for i in range(parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(ends)]

@@ -77,7 +77,7 @@ def gauss_newton(
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
     product = _Product(risk, curvature, memory)
-    size = risk.space.size
+    size = risk.space.total
     return LinearOperator(
         product,
         (size, size),
@@ -90,6 +90,7 @@ def gauss_newton(
         identity=lambda: f"{risk.fingerprint()}|{identity}",
         restrict=lambda names: rebuild(risk.part(names)),
         group=risk.group,
+        spread=risk.space.spread,
     )
 
 
@@ -105,13 +106,16 @@ class _Product:
         self._verified = False  # that pullback graphs can be differentiated
         self._forward_failed: Exception | None = None
         convolutions = (nn.modules.conv._ConvNd,)
-        self.reverse = risk.in_memory is not None and not any(
-            isinstance(m, convolutions) for m in risk.model.modules()
+        self.reverse = bool(risk.places) or (  # no forward mode through gathered parameters
+            risk.in_memory is not None
+            and not any(isinstance(m, convolutions) for m in risk.model.modules())
         )
 
     def __call__(self, columns: Tensor) -> Tensor:
         self.cache.begin()
-        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
+        return self.risk.accumulate(
+            lambda batch, total: self._add(batch, total, columns), columns, rows=True
+        )
 
     def _build(self, batch: Batch) -> OutputGraph:
         if not self.reverse:
@@ -124,6 +128,12 @@ class _Product:
                     f"second derivative (@once_differentiable): {self._forward_failed}; give it a "
                     "jvp, or a backward that can be differentiated"
                 ) from self._forward_failed
+            if self.risk.places:
+                raise RuntimeError(
+                    "the model uses an autograd function marked @once_differentiable, and its "
+                    "parameters are sharded, where products J v need a second derivative; give it "
+                    "a backward that can be differentiated"
+                )
             self.reverse = False  # the forward route needs no second derivative
             return OutputGraph(graph.output)
         self._verified = True
@@ -156,6 +166,8 @@ class _Product:
             if tangents is None:
                 tangents = _reverse_tangents(graph, vectors)
             cotangents = curvature(tangents).to(graph.output.dtype)
+            if batch.lent:  # to a rank that has none: it counts elsewhere
+                cotangents = torch.zeros_like(cotangents)
             for narrow in pieces(wide.stop - wide.start, self.cache.room, space):
                 piece = slice(wide.start + narrow.start, wide.start + narrow.stop)
                 parts = derivative(

@@ -78,7 +78,7 @@ class GraphCache(Generic[Graph]):
     @property
     def keeps(self) -> bool:
         """Whether graphs are kept at all: for data in memory that fits."""
-        return self.risk.in_memory is not None and self.room > 0
+        return self.risk.in_memory is not None and self.room > 0 and not self.risk.places
 
     def begin(self) -> None:
         """Compares the model with the one that kept graphs belong to; once before each pass."""
@@ -120,6 +120,9 @@ class GraphCache(Generic[Graph]):
         return torch.cat([flat[:whole].view(-1, SKETCH) @ self._directions[key], flat[whole:]])
 
     def _measured(self, batch: Batch) -> Graph:
+        if self.risk.places:
+            graph, size = self.risk.bytes_saved(lambda: self.build(batch))
+            return self._verified(graph, size)
         held = {p.untyped_storage().data_ptr() for p in self.risk.model.parameters()}
         size = 0
 
@@ -133,6 +136,9 @@ class GraphCache(Generic[Graph]):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             graph = self.build(batch)
+        return self._verified(graph, size)
+
+    def _verified(self, graph: Graph, size: int) -> Graph:
         if self.verify is not None and self._largest is None:
             self.verify(graph)
         self._largest = max(self._largest or 0, size)

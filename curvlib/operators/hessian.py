@@ -72,7 +72,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         name = "Hessian (finite differences)"
     else:
         raise ValueError(f"method= is 'exact' or 'finite_difference', got {method!r}")
-    size = risk.space.size
+    size = risk.space.total
     return LinearOperator(
         product,
         (size, size),
@@ -83,8 +83,9 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         name=name,
         identity=risk.fingerprint,
         restrict=lambda names: hessian(risk.part(names), method=method, memory=memory),
-        differentiable=differentiable,
+        differentiable=differentiable if risk.space.spread is None else None,
         group=risk.group,
+        spread=risk.space.spread,
     )
 
 
@@ -133,7 +134,7 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
             space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
         return out
 
-    return risk.accumulate(add, columns)
+    return risk.accumulate(add, columns, rows=True)
 
 
 def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
@@ -169,4 +170,4 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
             out[:, k].add_(central_difference(batch, columns[:, k]), alpha=batch.scale)
         return out
 
-    return risk.accumulate(add, columns)
+    return risk.accumulate(add, columns, rows=True)

@@ -1,0 +1,349 @@
+r"""Passes of models whose parameters are sharded (FSDP2, ``distribute_tensor``), to any order.
+
+Let rank :math:`r` hold the slice :math:`\theta_r` of a parameter :math:`\theta`. Where a model uses
+:math:`\theta`, the slices are gathered, :math:`\theta = \mathrm{G}(\theta_1, \dots, \theta_R)`, and
+freed when the operation is done. The adjoint of G is S, the sum over ranks of which each keeps its
+slice; the adjoint of S is G. Both are differentiable functions here, each in terms of the other, so
+that derivatives of any order come out as slices: ``torch.autograd.grad`` on all ranks together
+differentiates the *sum over ranks* of what each computes from its batch.
+
+A graph saves no gathered parameter: it remembers which one it was
+(``torch.autograd.graph.saved_tensors_hooks``), and gathers it again where a backward pass needs it,
+as FSDP does. FSDP2's own hooks, which free parameters that a second derivative needs and reduce
+gradients into ``.grad``, are off during a pass; a ``MixedPrecisionPolicy`` is thereby not applied.
+
+Memory of a rank beside activations: its slices, and one operation's parameters whole. Traffic: a
+pass sends each parameter's :math:`s` bytes :math:`(R - 1) / R` times
+
+=====================  =============================================
+gradient               3: gathered forward and backward, summed once
+Hessian, K columns     about :math:`5 + 2 K`
+GGN, K columns         about :math:`5 + 3 K`
+=====================  =============================================
+
+Ranks have to use the same parameters in the same order, as FSDP asks too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from curvlib.core.group import Group
+from curvlib.core.spread import Slices, Spread
+
+#: What begins an error about a sharding that is not supported.
+UNFOLLOWED = "a sharding that curvlib cannot follow"
+#: What is asked of a parameter without its values.
+_WITHOUT_VALUES = frozenset({"size", "dim", "numel", "stride", "is_floating_point", "is_complex"})
+#: Attributes of a tensor that are made of its values.
+_VALUES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+_HOOKS = ("torch.distributed.fsdp", "torch.distributed._composable")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter's values are.
+
+    Attributes:
+        leaf: This rank's slice, which shares the parameter's memory.
+        slices: How the parameter is cut.
+        group: The ranks; ``None`` for one process.
+    """
+
+    leaf: Tensor
+    slices: Slices
+    group: Group | None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``."""
+    return dist.is_available() and isinstance(tensor, _dtensor())
+
+
+def has_sharded(model: nn.Module) -> bool:
+    """Whether a model has a parameter that is sharded, by FSDP2 or otherwise."""
+    return any(map(is_sharded, model.parameters())) or any(map(_is_fsdp, model.modules()))
+
+
+def places_of(model: nn.Module, group: Group | None) -> dict[int, Place]:
+    """Where the values of a model's sharded parameters are, by the parameters' ``id``.
+
+    Raises:
+        ValueError: If a sharding is not one along one axis over the ranks of the group.
+    """
+    reshard(model)
+    places = {}
+    for name, p in model.named_parameters():
+        if is_sharded(p):
+            places[id(p)] = _place(name, p, group)
+    for module_name, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and is_sharded(buffer):
+                raise ValueError(
+                    f"{UNFOLLOWED}: the buffer {name!r} of {module_name!r} is a DTensor; buffers "
+                    "are to be plain tensors, the same on every rank"
+                )
+        _require_plain_hooks(module_name, module)
+    return places
+
+
+def spread_of(params: Mapping[str, Tensor], places: Mapping[int, Place]) -> Spread | None:
+    """How vectors in the space of some parameters lie over ranks; ``None`` if they are whole.
+
+    Raises:
+        ValueError: If some of the parameters are sharded and some are not.
+    """
+    found = {name: places.get(id(p)) for name, p in params.items()}
+    cut = [place for place in found.values() if place is not None and place.group is not None]
+    if not cut:
+        return None
+    whole = [name for name, place in found.items() if place is None]
+    if whole:
+        raise ValueError(
+            f"{UNFOLLOWED}: parameter {whole[0]!r} is whole on every rank beside sharded ones; "
+            "leave it out with params=, or shard it too (no ignored_params= of fully_shard)"
+        )
+    assert cut[0].group is not None
+    return Spread(tuple(place.slices for place in cut), cut[0].group)
+
+
+def _place(name: str, param: Any, group: Group | None) -> Place:
+    mesh, placements = param.device_mesh, param.placements
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"{UNFOLLOWED}: parameter {name!r} lies on a mesh of {mesh.ndim} dimensions "
+            f"{tuple(mesh.shape)}; shard over all ranks along one (no HSDP, no tensor parallelism)"
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    own = [dist.get_rank()]
+    if group is not None:
+        own = dist.get_process_group_ranks(group.process_group)
+    if ranks != own:
+        raise ValueError(
+            f"{UNFOLLOWED}: parameter {name!r} is spread over ranks {ranks}, and the risk's data "
+            f"over ranks {own}; pass Risk(..., group=mesh.get_group())"
+        )
+    if type(placements[0]).__name__ != "Shard":
+        raise ValueError(
+            f"{UNFOLLOWED}: parameter {name!r} has the placement {placements[0]}; Shard(dim) over "
+            "all ranks is expected"
+        )
+    with torch.no_grad():
+        leaf: Tensor = param.detach().to_local().detach()
+    slices = Slices(tuple(param.shape), placements[0].dim % max(param.ndim, 1))
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    if tuple(leaf.shape) != slices.local(rank, size):
+        raise ValueError(
+            f"{UNFOLLOWED}: rank {rank} holds {list(leaf.shape)} of parameter {name!r} "
+            f"{list(param.shape)}, where torch.chunk gives {list(slices.local(rank, size))}"
+        )
+    return Place(leaf, slices, group)
+
+
+def _require_plain_hooks(name: str, module: nn.Module) -> None:
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if (getattr(hook, "__module__", "") or "").startswith("torch.distributed.tensor"):
+            raise ValueError(
+                f"{UNFOLLOWED}: module {name!r} is tensor-parallel (parallelize_module), so its "
+                "forward pass works on parts of activations; shard parameters with fully_shard"
+            )
+
+
+# ------------------------------------------------------------------------ adjoints
+class _Gather(torch.autograd.Function):
+    """The whole tensor from each rank's slice."""
+
+    @staticmethod
+    def forward(slice_: Tensor, slices: Slices, group: Group) -> Tensor:
+        return _columns(slice_, lambda block, more: gathered(block, slices, group, more))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.slices, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return _Sum.apply(cotangent, ctx.slices, ctx.group), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """This rank's slice of the sum over ranks of whole tensors."""
+
+    @staticmethod
+    def forward(whole: Tensor, slices: Slices, group: Group) -> Tensor:
+        return _columns(whole, lambda block, more: own_sum(block, slices, group, more))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.slices, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return _Gather.apply(cotangent, ctx.slices, ctx.group), None, None
+
+
+def gathered(own: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
+    """A whole tensor from each rank's slice; ``columns`` axes more lead."""
+    axis, length = slices.dim + columns, slices.shape[slices.dim]
+    chunk = -(-length // group.size)
+    front = own.movedim(axis, 0)
+    if front.shape[0] != chunk:
+        padded = front.new_zeros((chunk, *front.shape[1:]))
+        padded[: front.shape[0]] = front
+        front = padded
+    return group.joined(front)[:length].movedim(0, axis).contiguous()
+
+
+def own_sum(whole: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
+    """This rank's slice of the sum over ranks of whole tensors."""
+    axis, length = slices.dim + columns, slices.shape[slices.dim]
+    chunk = -(-length // group.size)
+    front = whole.movedim(axis, 0)
+    if length != chunk * group.size:
+        padded = front.new_zeros((chunk * group.size, *front.shape[1:]))
+        padded[:length] = front
+        front = padded
+    first, last = slices.bounds(group.rank, group.size)
+    return group.own_sum(front)[: last - first].movedim(0, axis).contiguous()
+
+
+def _columns(tensor: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Applies a function under ``torch.autograd.grad(is_grads_batched=True)``, to all columns."""
+    if not torch._C._functorch.is_legacy_batchedtensor(tensor):
+        return function(tensor, 0)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    block = torch._remove_batch_dim(tensor, level, 1, 0)
+    return torch._add_batch_dim(function(block, 1), 0, level)
+
+
+# -------------------------------------------------------------------------- a pass
+class Regather(TorchFunctionMode):
+    """Puts gathered values in the place of sharded parameters, wherever a function takes one.
+
+    Attributes:
+        saved: Bytes that graphs have saved.
+    """
+
+    def __init__(self, places: Mapping[int, Place]) -> None:
+        super().__init__()
+        self.places = dict(places)
+        self.saved = 0
+        self._whole: dict[StorageWeakRef, Place] = {}  # gathered tensors that are alive, or were
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Forwards the call, with gathered values."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _WITHOUT_VALUES:
+            return func(*args, **kwargs)
+        if name in ("__get__", "__set__"):
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "__set__" or attribute not in _VALUES:
+                return func(*args, **kwargs)
+        return func(*tree_map(self._value, args), **tree_map(self._value, kwargs))
+
+    def _value(self, item: Any) -> Any:
+        place = self.places.get(id(item)) if isinstance(item, Tensor) else None
+        if place is None:
+            return item
+        if place.group is None:
+            return place.leaf
+        return self._remembered(_Gather.apply(place.leaf, place.slices, place.group), place)
+
+    def _remembered(self, whole: Tensor, place: Place) -> Tensor:
+        if len(self._whole) > 1024:
+            self._whole = {ref: p for ref, p in self._whole.items() if not ref.expired()}
+        self._whole[StorageWeakRef(whole.untyped_storage())] = place
+        return whole
+
+    @contextmanager
+    def instead(self, values: Mapping[int, Tensor]) -> Iterator[None]:
+        """A block in which parameters, by ``id``, have other slices."""
+        before = self.places
+        moved = {i: Place(v, before[i].slices, before[i].group) for i, v in values.items()}
+        self.places = before | moved
+        try:
+            yield
+        finally:
+            self.places = before
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What a graph keeps of a tensor: of views of gathered parameters, how to make them."""
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # a batch of columns
+            return tensor
+        place = self._whole.get(StorageWeakRef(storage))
+        if place is None:
+            self.saved += storage.nbytes()
+            return tensor
+        return place, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(self, kept: Any) -> Tensor:
+        """The tensor that :meth:`pack` was given."""
+        if isinstance(kept, Tensor):
+            return kept
+        place, size, stride, offset = kept
+        with torch.no_grad():
+            whole = gathered(place.leaf.detach(), place.slices, place.group)
+        return self._remembered(whole, place).as_strided(size, stride, offset)
+
+
+@contextmanager
+def gathering(model: nn.Module, places: Mapping[int, Place]) -> Iterator[Regather]:
+    """A block in which the model's forward pass gathers parameters as it goes."""
+    with ExitStack() as stack:
+        stack.enter_context(_without_sharding_hooks(model))
+        mode = Regather(places)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(mode.pack, mode.unpack))
+        stack.enter_context(mode)
+        yield mode
+
+
+@contextmanager
+def _without_sharding_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes FSDP2's hooks off, and puts them back in their old order."""
+    tables = [t for m in model.modules() for t in (m._forward_pre_hooks, m._forward_hooks)]
+    before = [(table, list(table.items())) for table in tables if table]
+    try:
+        for table, hooks in before:
+            for key, hook in hooks:
+                if (getattr(hook, "__module__", "") or "").startswith(_HOOKS):
+                    del table[key]
+        yield
+    finally:
+        for table, hooks in before:
+            table.clear()
+            table.update(hooks)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered parameters that FSDP2 has left in a model, such as the root's."""
+    for module in model.modules():
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _dtensor() -> type:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor

@@ -1,0 +1,23 @@
+"""What processes with sharded parameters compute equals what one process computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import sharded_work as work
+from tests.problems import error
+from tests.ranks import on_ranks
+
+WORK = "tests.distributed.sharded_work:"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_products_are_those_of_one_process(size: int) -> None:
+    expected = work.products(0, 1)
+    found = on_ranks(WORK + "products", size)
+    for name, value in expected.items():
+        tolerance = 1e-6 if name == "differences" else 1e-12
+        assert error(found[0][name], value) < tolerance, name
+        for other in found[1:]:
+            assert torch.equal(other[name], found[0][name]), name
