@@ -105,7 +105,7 @@ class Group:
         return [part[:n] for part, n in zip(every, counts, strict=True)]
 
     def joined(self, block: Tensor) -> Tensor:
-        """Blocks ``[c, ...]`` of equal shape, one for each rank, as ``[R c, ...]`` on every rank."""
+        """Blocks ``[c, ...]`` of equal shape, one of each rank, as ``[R c, ...]``."""
         out = block.new_empty((self.size * block.shape[0], *block.shape[1:]))
         send = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._answered("a gathering of a sharded tensor"):

@@ -1,9 +1,9 @@
 r"""What ranks exchange at the end of a pass: a header each, and the sum of their shards, once.
 
 The header has twenty numbers: whether the rank failed, the weight, batches and examples of its
-shard, the shape and type of its sum, whether that is finite, and digests of what must be alike on all ranks: program and
-problem (:func:`problem_digest`), parameters, and the vectors that are multiplied. So a rank without
-data learns what zeros to add, a failure is everybody's, and vectors or parameters that differ are
+shard, the shape and type of its sum, whether that is finite, and digests of what must be alike on
+all ranks: program and problem (:func:`problem_digest`), parameters, and the vectors that are
+multiplied. So a rank without data learns what zeros to add, a failure is everybody's, and vectors or parameters that differ are
 told instead of mixed up.
 
 Where parameters are sharded, sums in their space are complete when a pass ends, each rank with its
@@ -77,7 +77,7 @@ def joined(
     added = None if rows else own.total
     shape = [] if added is None else list(added.shape)
     kind = -1 if added is None else _DTYPES.index(added.dtype)
-    finite = added is own.total or bool(torch.isfinite(own.total).all())
+    finite = not rows or own.total is None or bool(torch.isfinite(own.total).all())
     header = [
         float(own.failure is not None),
         own.weight,

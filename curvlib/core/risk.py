@@ -205,8 +205,8 @@ class Risk:
     def signature(self) -> int:
         """64 bits of what has to be alike on all ranks, except for parameters and data."""
         modes = "".join("t" if m.training else "e" for m in self.model.modules())
-        words = [*self.space.names, *(p.shape for p in self._held.values())]
-        words += [self.space.dtype, modes]
+        shapes = (p.shape for p in self._held.values())
+        words = [*self.space.names, *shapes, self.space.dtype, modes]
         words += [torch.__version__, self.loss.describe(), self.loss.reduction]
         functions = (self.take_output, self.take_target, self.take_weight, self.loss.function)
         return problem_digest(words, functions)
@@ -396,8 +396,11 @@ class Risk:
                 self._regather = None
 
     def _together(self, scale: float) -> Iterator[Batch]:
-        """As :meth:`batches`, as often on every rank: those that have no more go through a batch
-        that they had, or that another rank has lent, whose loss they multiply by zero."""
+        """As :meth:`batches`, as often on every rank.
+
+        Those that have no more go through a batch that they had, or that another rank has lent,
+        and multiply its loss by zero.
+        """
         own = iter(self.batches(scale, shard=True))
         while True:
             batch, failure = None, None
@@ -541,8 +544,8 @@ class Risk:
 
     def _unfollowed(self) -> str:
         return (
-            f"{sharded.UNFOLLOWED}: the parameters are sharded, and this function needs them whole. "
-            "risk.value(), risk.gradient(), curvlib.hessian and curvlib.ggn follow them; for "
+            f"{sharded.UNFOLLOWED}: the parameters are sharded, and this function needs them "
+            "whole. risk.value(), risk.gradient(), curvlib.hessian and curvlib.ggn follow them; for "
             "others, load the parameters into a model without fully_shard"
         )
 

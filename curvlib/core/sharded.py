@@ -168,12 +168,12 @@ class _Gather(torch.autograd.Function):
         return _columns(slice_, lambda block, more: gathered(block, slices, group, more))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004
         _, ctx.slices, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Sum.apply(cotangent, ctx.slices, ctx.group), None, None
+        return _Sum.apply(cotangent, ctx.slices, ctx.group), None, None  # type: ignore[no-untyped-call]
 
 
 class _Sum(torch.autograd.Function):
@@ -184,12 +184,12 @@ class _Sum(torch.autograd.Function):
         return _columns(whole, lambda block, more: own_sum(block, slices, group, more))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004
         _, ctx.slices, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Gather.apply(cotangent, ctx.slices, ctx.group), None, None
+        return _Gather.apply(cotangent, ctx.slices, ctx.group), None, None  # type: ignore[no-untyped-call]
 
 
 def gathered(own: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
@@ -259,7 +259,8 @@ class Regather(TorchFunctionMode):
             return item
         if place.group is None:
             return place.leaf
-        return self._remembered(_Gather.apply(place.leaf, place.slices, place.group), place)
+        whole = _Gather.apply(place.leaf, place.slices, place.group)  # type: ignore[no-untyped-call]
+        return self._remembered(whole, place)
 
     def _remembered(self, whole: Tensor, place: Place) -> Tensor:
         if len(self._whole) > 1024:
