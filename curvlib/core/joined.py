@@ -3,8 +3,8 @@ r"""What ranks exchange at the end of a pass: a header each, and the sum of thei
 The header has twenty numbers: whether the rank failed, the weight, batches and examples of its
 shard, the shape and type of its sum, whether that is finite, and digests of what must be alike on
 all ranks: program and problem (:func:`problem_digest`), parameters, and the vectors that are
-multiplied. So a rank without data learns what zeros to add, a failure is everybody's, and vectors or parameters that differ are
-told instead of mixed up.
+multiplied. So a rank without data learns what zeros to add, a failure is everybody's, and vectors
+or parameters that differ are told instead of mixed up.
 
 Where parameters are sharded, sums in their space are complete when a pass ends, each rank with its
 own rows of them: then only the header is sent.

@@ -113,6 +113,11 @@ class LinearOperator:
         """Rows of a vector that this process holds: ``shape[1]`` unless they are spread."""
         return self.shape[1] if self.spread is None else self.spread.length
 
+    @property
+    def holders(self) -> int:
+        """Over how many processes vectors are spread: 1 where each holds them whole."""
+        return 1 if self.spread is None else self.spread.group.size
+
     # ---------------------------------------------------------------- products
     def matmat(self, columns: Tensor) -> Tensor:
         """Product with a block of columns.

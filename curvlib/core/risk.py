@@ -545,8 +545,8 @@ class Risk:
     def _unfollowed(self) -> str:
         return (
             f"{sharded.UNFOLLOWED}: the parameters are sharded, and this function needs them "
-            "whole. risk.value(), risk.gradient(), curvlib.hessian and curvlib.ggn follow them; for "
-            "others, load the parameters into a model without fully_shard"
+            "whole. risk.value(), risk.gradient(), curvlib.hessian and curvlib.ggn follow them; "
+            "for others, load the parameters into a model without fully_shard"
         )
 
     def __repr__(self) -> str:

@@ -33,6 +33,7 @@ from curvlib.core.files import (
     write_record,
 )
 from curvlib.core.group import Group
+from curvlib.core.spread import Spread
 
 S = TypeVar("S")
 
@@ -60,6 +61,7 @@ def run(
     save_every: float = 30.0,
     progress: Progress = None,
     group: Group | None = None,
+    spread: Spread | None = None,
 ) -> S:
     """Steps from ``init()``, or from a checkpoint, until ``done``.
 
@@ -83,6 +85,7 @@ def run(
         progress: Whether to show a bar, or a function to call instead: see :data:`Progress`.
         group: The processes that make the same steps together, all with the same state. The first
             one shows progress, reads and writes; a Ctrl-C on one stops all after the same step.
+        spread: How vectors of the state lie over processes, where they are not whole.
 
     Returns:
         The last state.
@@ -110,6 +113,12 @@ def run(
     saver = None
     state = None
     if checkpoint is not None:
+        if spread is not None:
+            raise ValueError(
+                "checkpoint= saves whole vectors, and those of this run are spread over "
+                f"{spread.group.size} processes (a sharding that curvlib cannot follow here); "
+                "leave checkpoint= out"
+            )
         identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
         with _together(group, "opening its checkpoint"):
             saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group))

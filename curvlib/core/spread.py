@@ -1,9 +1,9 @@
 r"""How vectors lie over the ranks where parameters are sharded: local rows, small sums.
 
 With FSDP2 (``fully_shard``) or ``distribute_tensor``, a rank holds a slice of each parameter along
-one axis. Every vector in parameter space lies like the parameters: this rank's *rows* of it are its
-slices, each flattened, in the order of the space, without padding. Of :math:`P` entries a rank holds
-about :math:`P / R`. An inner product is the local one and a sum of one number over the ranks;
+one axis. Every vector in parameter space lies like the parameters: this rank's *rows* of it are
+its slices, each flattened, in the order of the space, without padding. Of :math:`P` entries a rank
+holds about :math:`P / R`. An inner product is the local one and a sum of one number over the ranks;
 estimators send the numbers of a step together.
 
 ========================  ==================================  ==============================
@@ -167,7 +167,7 @@ class Spread:
         return torch.cat(own)
 
     # --------------------------------------------------------------- random rows
-    def fill(self, rows: Tensor, draw: Callable[[Tensor], None]) -> None:
+    def fill(self, rows: Tensor, draw: Callable[[Tensor], object]) -> None:
         """Fills this rank's rows of one vector from a stream of random numbers.
 
         Args:

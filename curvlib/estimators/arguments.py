@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
+from curvlib.core.spread import Spread
+from curvlib.estimators.rows import finite_everywhere
 
 #: Conjugate gradients, MINRES, Neumann series, and the operator's own ``solve``.
 METHODS = ("cg", "minres", "neumann", "direct")
@@ -79,6 +81,11 @@ def read_preconditioner(op: LinearOperator, preconditioner: Any) -> tuple[int, A
     if preconditioner is None:
         return 0, None
     n = op.shape[0]
+    if op.spread is not None and getattr(preconditioner, "spread", None) != op.spread:
+        raise ValueError(
+            f"a preconditioner of {op!r} has to have its rows on the same processes (a sharding "
+            f"that curvlib cannot follow here), got {preconditioner!r}; leave preconditioner= out"
+        )
     if isinstance(preconditioner, int) and not isinstance(preconditioner, bool):
         if not 1 <= preconditioner <= n:
             raise ValueError(
@@ -126,7 +133,7 @@ def right_hand_sides(op: LinearOperator, b: Any, name: str) -> Tensor:
         TypeError: If it is no tensor of the operator's type.
         ValueError: If its shape or device does not fit, or a number is not finite.
     """
-    n = op.shape[0]
+    n = op.length
     if not isinstance(b, Tensor):
         raise TypeError(
             f"expected a torch.Tensor [{n}] or [{n}, K] for {name}, got {type(b).__name__}"
@@ -137,14 +144,17 @@ def right_hand_sides(op: LinearOperator, b: Any, name: str) -> Tensor:
         raise TypeError(f"expected {name} in {op.dtype}, got {b.dtype}; use {name}.to({op.dtype})")
     if b.device != op.device:
         raise ValueError(f"expected {name} on {op.device}, got {b.device}; use {name}.to(...)")
-    if not bool(torch.isfinite(b).all()):
+    if not finite_everywhere(b, op.spread):
         raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
     columns: Tensor = b.detach()
     return columns if columns.ndim == 2 else columns[:, None]
 
 
-def column_norms(columns: Tensor) -> Tensor:
+def column_norms(columns: Tensor, spread: Spread | None = None) -> Tensor:
     """Norms of the columns, without overflow or underflow on the way."""
+    if spread is not None:
+        own = column_norms(columns) if len(columns) else columns.new_zeros(columns.shape[1])
+        return column_norms(torch.stack(spread.group.rows(own[None]), 0)[:, 0])
     largest = columns.abs().amax(0)
     scale = torch.where(largest > 0.0, largest, torch.ones_like(largest))
     norms: Tensor = torch.linalg.vector_norm(columns / scale, dim=0) * scale

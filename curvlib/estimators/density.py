@@ -242,7 +242,7 @@ def density(
         Review 58 (2016), section 3.2; S. Ubaru, J. Chen and Y. Saad, *Fast estimation of tr(f(A))
         via stochastic Lanczos quadrature*, SIAM J. Matrix Anal. Appl. 38 (2017).
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     for name, value, least in (("steps", steps, 1), ("probes", probes, 1), ("points", points, 32)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"expected an int for {name}, got {type(value).__name__}")
@@ -259,7 +259,7 @@ def density(
     if dimension == 0:
         raise ValueError("all eigenpairs are deflated: there is no bulk whose density to estimate")
     length = min(steps, dimension)
-    held = length * probes * op.shape[0] * (torch.finfo(op.dtype).bits // 8)
+    held = length * probes * -(-op.shape[0] // op.holders) * (torch.finfo(op.dtype).bits // 8)
     full = held <= BASIS_BYTES if reorthogonalize is None else reorthogonalize
     settings = {
         "steps": length,
@@ -294,6 +294,7 @@ def density(
         save_every=save_every,
         progress=progress,
         group=op.group,
+        spread=op.spread,
     )
     kept = {"points": points, "width": width, **settings}
     return _finish(op, state, outliers, kept, near_zero)

@@ -14,6 +14,7 @@ from curvlib.core.algebra import Index
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress
+from curvlib.core.spread import Spread
 from curvlib.estimators import (
     leave_one_out,
     leave_one_out_diagonal,
@@ -25,10 +26,12 @@ from curvlib.estimators.diagonal_means import averaged
 from curvlib.estimators.differentiable import diagonal_with_graph
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.exact import exact
+from curvlib.estimators.rows import norms
 from curvlib.estimators.stopping import (
     KEPT_BYTES,
     Plan,
     one_of,
+    only_hutchinson,
     plan,
     products_of,
     relative,
@@ -174,7 +177,7 @@ def diagonal(
         Numer. Math. 57 (2007); E. N. Epperly, J. A. Tropp and R. J. Webber, *XTrace*,
         arXiv:2301.07825, supplement.
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     if differentiable:
         return _with_graph(
             op, method, tolerance, law, probes or max_products or 10, generator, seed, blocks
@@ -209,7 +212,12 @@ def diagonal(
         save_every=save_every,
         progress=progress,
     )
-    groups = blocks_of(op, blocks)
+    if op.spread is not None and blocks is not None:
+        raise ValueError(
+            f"blocks= needs whole vectors, and those of {op!r} are spread over processes (a "
+            "sharding that curvlib cannot follow here); take means of space.gather(.value)"
+        )
+    groups = blocks_of(op, blocks) if op.spread is None else Blocks(None, {})
     if chosen == "exact":
         value = exact(setup).diagonal
         sums = groups.sums(value)
@@ -252,6 +260,8 @@ def _with_graph(
 def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float | None) -> str:
     """The method for an operator and a budget of products: see :func:`diagonal`."""
     n = op.shape[0]
+    if op.spread is not None:
+        return only_hutchinson(op, method)
     if method == "hutchinson" or (method == "xdiag" and budget == 1):
         return "hutchinson"  # which XDiag with one probe is
     if budget >= n and (tolerance is None or n <= SMALL):
@@ -263,10 +273,9 @@ def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float
     return pick if kept <= KEPT_BYTES and budget >= 8 else "hutchinson"
 
 
-def norm_error(value: Tensor, stderr: Tensor) -> float:
+def norm_error(value: Tensor, stderr: Tensor, spread: Spread | None = None) -> float:
     """Norm of the standard errors by norm of the diagonal."""
-    norms = [float(torch.linalg.vector_norm(x)) for x in (value, stderr)]
-    return relative(*norms)
+    return relative(*norms(torch.stack([value, stderr]), spread).tolist())
 
 
 def _hutchinson(setup: Plan, groups: Blocks) -> DiagonalEstimate:
@@ -281,7 +290,9 @@ def _hutchinson(setup: Plan, groups: Blocks) -> DiagonalEstimate:
         lambda: sampling.first_state(setup, diagonal=True, blocks=used),
         lambda state: sampling.next_state(setup, state, used),
         state_type=sampling.SamplingState,
-        done=lambda state: setup.done(state.count, lambda: norm_error(*statistics(state))),
+        done=lambda state: setup.done(
+            state.count, lambda: norm_error(*statistics(state), setup.op.spread)
+        ),
         report=lambda state: (state.count, setup.limit, ""),
         title="diagonal (hutchinson)",
         settings=setup.settings,
@@ -355,7 +366,7 @@ def _result(
     degrees: float,
     products: int,
 ) -> DiagonalEstimate:
-    met = setup.tolerance is None or norm_error(value, stderr) <= setup.tolerance
+    met = setup.tolerance is None or norm_error(value, stderr, setup.op.spread) <= setup.tolerance
     return DiagonalEstimate(
         value=value,
         stderr=stderr,

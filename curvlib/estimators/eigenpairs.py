@@ -17,6 +17,7 @@ from curvlib.core.run import Progress, Report, run
 from curvlib.estimators import krylov_state, thick_restart
 from curvlib.estimators.krylov_state import KrylovState, Plan
 from curvlib.estimators.probes import generator_of
+from curvlib.estimators.rows import finite_everywhere, summed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,8 @@ class Eigenpairs(Result):
 
     Attributes:
         values: Eigenvalues, ``[k]``, float64.
-        vectors: Orthonormal eigenvectors, ``[P, k]``, column-contiguous.
+        vectors: Orthonormal eigenvectors, ``[P, k]``, column-contiguous; this rank's rows where
+            parameters are sharded (``op.space.gather`` makes them whole).
         residuals: :math:`\|A v_i - \lambda_i v_i\|`, measured by products, ``[k]``, float64.
         converged: Whether the residual is at most ``tolerance * norm``, ``[k]``.
         norm: Largest absolute Ritz value: a lower bound of :math:`\|A\|_2`, in practice tight.
@@ -175,7 +177,7 @@ def eigenpairs(
         K. Wu and H. Simon, *Thick-restart Lanczos method for large symmetric eigenvalue
         problems*, SIAM J. Matrix Anal. Appl. 22 (2000), algorithm 3.
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     n = op.shape[0]
     removed, removed_norm = deflation_rows(op, deflate)
     dimension = n - (0 if removed is None else removed.shape[0])
@@ -252,6 +254,7 @@ def eigenpairs(
         save_every=save_every,
         progress=progress,
         group=op.group,
+        spread=op.spread,
     )
     return _finish(plan, state, settings)
 
@@ -278,7 +281,7 @@ def _finish(plan: Plan, state: KrylovState, settings: dict[str, Any]) -> Eigenpa
             RuntimeWarning,
             stacklevel=3,
         )
-    vectors = torch.empty((plan.k, plan.op.shape[0]), dtype=plan.op.dtype, device=plan.op.device)
+    vectors = torch.empty((plan.k, plan.op.length), dtype=plan.op.dtype, device=plan.op.device)
     for target, source in enumerate(order.tolist()):
         vectors[target].copy_(state.rows[source])
     return Eigenpairs(
@@ -308,13 +311,17 @@ def _report(plan: Plan, state: KrylovState) -> Report:
     return state.products, total, f"{count}/{plan.k} converged, residual {relative.max():.0e} ‖A‖"
 
 
-def require_symmetric(op: LinearOperator | Tensor) -> LinearOperator:
+def require_symmetric(op: LinearOperator | Tensor, *, spread: bool = False) -> LinearOperator:
     """A symmetric operator, from an operator or a matrix.
+
+    Args:
+        op: The operator or matrix.
+        spread: Whether the caller follows vectors that are spread over processes.
 
     Raises:
         ValueError: If it is not square or not known to be symmetric.
     """
-    op = as_operator(op)
+    op = as_operator(op, spread=spread)
     if op.shape[0] != op.shape[1]:
         raise ValueError(f"expected a square operator, got shape {op.shape}")
     if not op.symmetric:
@@ -339,7 +346,7 @@ def deflation_rows(
     if deflate is None:
         return None, 0.0
     columns = _columns_of(op, deflate, "deflate")
-    gram = (columns.mT @ columns).double().cpu()
+    gram = summed((columns.mT @ columns).double().cpu(), op.spread)
     error = float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max())
     if not error <= 10 * math.sqrt(torch.finfo(op.dtype).eps):
         raise ValueError(
@@ -355,13 +362,13 @@ def _start_columns(op: LinearOperator, start: Eigenpairs | Tensor | None) -> Ten
     if start is None:
         return None
     columns = _columns_of(op, start, "start")
-    if not bool(torch.isfinite(columns).all()):
+    if not finite_everywhere(columns, op.spread):
         raise ValueError("expected finite numbers in start=, got NaN or infinity")
     return columns
 
 
 def _columns_of(op: LinearOperator, columns: Any, name: str) -> Tensor:
-    n = op.shape[0]
+    n, most = op.length, op.shape[0]
     if isinstance(columns, Eigenpairs):
         columns = columns.vectors.to(op.device)  # loaded results are on the CPU
     if not isinstance(columns, Tensor):
@@ -370,9 +377,9 @@ def _columns_of(op: LinearOperator, columns: Any, name: str) -> Tensor:
         )
     if columns.ndim == 1:
         columns = columns[:, None]
-    if columns.ndim != 2 or columns.shape[0] != n or not 1 <= columns.shape[1] <= n:
+    if columns.ndim != 2 or columns.shape[0] != n or not 1 <= columns.shape[1] <= most:
         raise ValueError(
-            f"expected {name}= of shape [{n}, j] with 1 <= j <= {n}, got {list(columns.shape)}"
+            f"expected {name}= of shape [{n}, j] with 1 <= j <= {most}, got {list(columns.shape)}"
         )
     if columns.dtype != op.dtype or columns.device != op.device:
         raise TypeError(

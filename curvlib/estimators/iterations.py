@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
+from curvlib.core.spread import Spread
 from curvlib.core.structured import LowRankPlusShift, damped_solve
 from curvlib.estimators.low_rank_inverse import inverse_rows
 from curvlib.estimators.rows import dots
@@ -141,7 +142,7 @@ Advance = Callable[[System, Work], Step]
 def cg_start(system: System, residuals: Tensor) -> Work:
     """Before the first iteration of preconditioned conjugate gradients."""
     z = system.precondition(residuals)
-    rz = dots(residuals, z)
+    rz = dots(residuals, z, system.op.spread)
     _require_positive_preconditioner(system, rz.cpu())
     return {"r": residuals, "d": z, "rz": rz}
 
@@ -156,13 +157,13 @@ def cg_step(system: System, work: Work) -> Step:
     """
     r, d, rz = work["r"], work["d"], work["rz"]
     product = system.product(d)
-    curvature = dots(d, product)
+    curvature = dots(d, product, system.op.spread)
     _require_positive_curvature(system, d, curvature.cpu())
     alpha = rz / curvature
     r = torch.addcmul(r, column(-alpha, r), product, out=system.scratch.take(r))
     z = system.precondition(r)
-    after = dots(r, z)
-    norms = (after.sqrt() if z is r else row_norms(r)).cpu()
+    after = dots(r, z, system.op.spread)
+    norms = (after.sqrt() if z is r else row_norms(r, system.op.spread)).cpu()
     require_finite(system, norms)
     if z is not r:
         _require_positive_preconditioner(system, after.cpu())
@@ -175,7 +176,7 @@ def _require_positive_curvature(system: System, d: Tensor, curvature: Tensor) ->
     if bool((curvature > 0.0).all()):
         return
     at = int(curvature.argmin())
-    norm = float(row_norms(d[at : at + 1]))
+    norm = float(row_norms(d[at : at + 1], system.op.spread))
     value = float(curvature[at]) / norm**2
     needed = system.damping - value
     raise NegativeCurvatureError(
@@ -204,7 +205,7 @@ def _require_positive_preconditioner(system: System, rz: Tensor) -> None:
 def minres_start(system: System, residuals: Tensor) -> Work:
     """Before the first iteration of preconditioned MINRES."""
     y = system.precondition(residuals)
-    square = dots(residuals, y)
+    square = dots(residuals, y, system.op.spread)
     _require_positive_preconditioner(system, square.cpu())
     zeros = torch.zeros_like(residuals)
     beta = square.sqrt()
@@ -243,10 +244,10 @@ def minres_step(system: System, work: Work) -> Step:
     # The Lanczos vector is last / beta; the division goes into the coefficients.
     y = torch.mul(system.product(last), column(1.0 / beta, r2), out=take(r2))
     y.addcmul_(column(-torch.where(old > 0.0, beta / old, old), y), work["r1"])
-    alpha = dots(last, y) / beta
+    alpha = dots(last, y, system.op.spread) / beta
     y.addcmul_(column(-alpha / beta, y), r2)
     z = system.precondition(y)
-    square = dots(y, z)
+    square = dots(y, z, system.op.spread)
     require_finite(system, square.cpu())
     if z is not y:
         _require_positive_preconditioner(system, square.cpu())
@@ -275,7 +276,7 @@ def minres_step(system: System, work: Work) -> Step:
         r = torch.mul(work["r"], column(sn.square(), r2), out=take(r2))
         r.addcmul_(column(-torch.where(broken, sn * 0.0, phibar * cs / safe), r), y)
         residual = {"r": r}
-    norms = (row_norms(residual["r"]) if residual else phibar.abs()).cpu()
+    norms = (row_norms(residual["r"], system.op.spread) if residual else phibar.abs()).cpu()
     require_finite(system, norms)
     stop = dict.fromkeys(singular.cpu().nonzero()[:, 0].tolist(), "inconsistent")
     for i in broken.cpu().nonzero()[:, 0].tolist():
@@ -313,7 +314,7 @@ def beta_square(old: Tensor, beta: Tensor, square: Tensor) -> Tensor:
 def neumann_start(system: System, residuals: Tensor) -> Work:
     """Before the first term of a Neumann series."""
     z = system.precondition(residuals)
-    rz = dots(residuals, z)
+    rz = dots(residuals, z, system.op.spread)
     _require_positive_preconditioner(system, rz.cpu())
     return {"r": residuals, "z": z, "rz": rz}
 
@@ -328,15 +329,15 @@ def neumann_step(system: System, work: Work) -> Step:
     product = system.product(z)
     after_r = torch.add(r, product, alpha=-system.scale, out=system.scratch.take(r))
     after_z = system.precondition(after_r)
-    after = dots(after_r, after_z)
-    norms = (after.sqrt() if after_z is after_r else row_norms(after_r)).cpu()
+    after = dots(after_r, after_z, system.op.spread)
+    norms = (after.sqrt() if after_z is after_r else row_norms(after_r, system.op.spread)).cpu()
     require_finite(system, norms)
     if after_z is not after_r:
         _require_positive_preconditioner(system, after.cpu())
     ratio = torch.where(rz > 0.0, after / rz, rz).sqrt().cpu()
     if bool((ratio > 1.0 + 10.0 * math.sqrt(torch.finfo(r.dtype).eps)).any()):
         at = int(ratio.argmax())
-        quotient = float((dots(z, product) / rz)[at])
+        quotient = float((dots(z, product, system.op.spread) / rz)[at])
         cure = (
             "the operator has negative eigenvalues: pass a larger damping=, or method='minres'"
             if quotient < 0.0
@@ -360,9 +361,9 @@ METHODS: dict[str, tuple[Start, Advance]] = {
 }
 
 
-def row_norms(rows: Tensor) -> Tensor:
+def row_norms(rows: Tensor, spread: Spread | None = None) -> Tensor:
     """Norms of the rows, ``[K]``, float64."""
-    return dots(rows, rows).sqrt()
+    return dots(rows, rows, spread).sqrt()
 
 
 def column(scalars: Tensor, like: Tensor) -> Tensor:

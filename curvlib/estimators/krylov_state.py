@@ -10,6 +10,8 @@ from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.estimators import lanczos
+from curvlib.estimators.probes import fill_normal
+from curvlib.estimators.rows import largest
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ def first_state(
 ) -> KrylovState:
     """The state before the first product: a random block, or one that begins with ``start``."""
     op = plan.op
-    rows = torch.empty((basis, op.shape[0]), dtype=op.dtype, device=op.device)
+    rows = torch.empty((basis, op.length), dtype=op.dtype, device=op.device)
     for index in range(plan.block):
         if start is not None and index < start.shape[1]:
             rows[index].copy_(start[:, index])
-            rows[index].mul_(1.0 / rows[index].abs().max().clamp_min(1e-30))
+            rows[index].mul_(1.0 / max(largest(rows[index], op.spread), 1e-30))
         else:
-            rows[index].normal_(generator=generator)
+            fill_normal(rows[index], generator, op.spread)
     lanczos.orthonormalize(
         rows,
         0,
@@ -101,6 +103,7 @@ def first_state(
         deflate=plan.deflate,
         floor=100 * torch.finfo(op.dtype).eps * math.sqrt(op.shape[0]),
         generator=generator,
+        spread=op.spread,
     )
     nothing = torch.zeros(0, dtype=torch.float64)
     return KrylovState(

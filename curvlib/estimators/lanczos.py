@@ -3,6 +3,9 @@ r"""The Krylov kernel: orthonormal bases that grow in place, and what is read of
 A basis is one preallocated tensor of *rows* ``[m, P]``, so that each basis vector is
 contiguous; the same memory read as columns is ``rows.T``. The small matrices are in float64 on
 the CPU. Nothing of the basis's size is ever temporary.
+
+Where vectors are spread over processes, each holds its part of every row, and a pass of
+Gram-Schmidt sends its ``[j, b]`` coefficients once.
 """
 
 from __future__ import annotations
@@ -12,21 +15,25 @@ import math
 import torch
 from torch import Tensor
 
+from curvlib.core.spread import Spread
+from curvlib.estimators.probes import fill_normal
+from curvlib.estimators.rows import norms, summed
+
 #: Bytes of float64 scratch memory that a rotation of a basis may use.
 SCRATCH_BYTES = 1 << 22
 
 
-def project_out(basis: Tensor, rows: Tensor) -> Tensor:
+def project_out(basis: Tensor, rows: Tensor, spread: Spread | None = None) -> Tensor:
     """Subtracts from ``rows`` ``[b, P]``, in place, their part in the span of ``basis`` ``[j, P]``.
 
     Returns:
         The coefficients ``[j, b]``, on the device.
     """
     if rows.shape[0] == 1:
-        coefficients = torch.mv(basis, rows[0])
+        coefficients = summed(torch.mv(basis, rows[0]), spread)
         rows[0].addmv_(basis.T, coefficients, alpha=-1)
         return coefficients[:, None]
-    coefficients = basis @ rows.T
+    coefficients = summed(basis @ rows.T, spread)
     rows.addmm_(coefficients.T, basis, alpha=-1)
     return coefficients
 
@@ -41,6 +48,7 @@ def orthonormalize(
     deflate: Tensor | None,
     floor: float,
     generator: torch.Generator,
+    spread: Spread | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Orthonormalizes the ``count`` rows after the first ``size`` against those and each other.
 
@@ -62,6 +70,7 @@ def orthonormalize(
         deflate: Further orthonormal rows ``[d, P]`` to be orthogonal to.
         floor: A row whose remaining norm is at most this depends on the others.
         generator: For random rows.
+        spread: Which part of the rows is here, where they are spread over processes.
 
     Returns:
         ``C`` ``[size, count]`` and ``R`` ``[keep, count]``, float64 on the CPU.
@@ -72,38 +81,38 @@ def orthonormalize(
     new = rows[size : size + count]
     total = torch.zeros((size, count), dtype=rows.dtype, device=rows.device)
     if recent:
-        total[size - recent :] += project_out(rows[size - recent : size], new)
-    before = torch.linalg.vector_norm(new, dim=1)
-    _project_out_all(rows[:size], new, deflate, total)
-    after = torch.linalg.vector_norm(new, dim=1)
-    norms = torch.stack([before, after]).cpu().double()
-    if not bool(torch.isfinite(norms).all()):
+        total[size - recent :] += project_out(rows[size - recent : size], new, spread)
+    before = norms(new, spread)
+    _project_out_all(rows[:size], new, deflate, total, spread)
+    after = norms(new, spread)
+    lengths = torch.stack([before, after]).cpu().double()
+    if not bool(torch.isfinite(lengths).all()):
         raise FloatingPointError("a vector has an entry that is not finite")
-    again = bool((norms[1] < 0.7 * norms[0]).any())
+    again = bool((lengths[1] < 0.7 * lengths[0]).any())
     if again:
-        _project_out_all(rows[:size], new, deflate, total)
+        _project_out_all(rows[:size], new, deflate, total, spread)
     C = total.cpu().double()
     R = torch.zeros((keep, count), dtype=torch.float64)
     accepted = 0
     for column in range(count):
-        row, norm = rows[size + column], float(norms[1, column])
+        row, norm = rows[size + column], float(lengths[1, column])
         known = norm  # of the row when the last pass over all rows began
         if accepted == keep:
             break
         if accepted and norm > floor:
             for _ in range(2):
-                h = project_out(rows[size : size + accepted], row[None])
+                h = project_out(rows[size : size + accepted], row[None], spread)
                 R[:accepted, column] += h[:, 0].cpu().double()
         if accepted or again:
-            norm = float(torch.linalg.vector_norm(row))
+            norm = float(norms(row[None], spread))
         if norm <= floor:
             continue
         row.mul_(1.0 / norm)
         if norm < 0.1 * known:  # what rounding had left of the other rows is magnified
             extra = torch.zeros((size, 1), dtype=rows.dtype, device=rows.device)
-            _project_out_all(rows[:size], row[None], deflate, extra)
-            project_out(rows[size : size + accepted], row[None])
-            left = float(torch.linalg.vector_norm(row))
+            _project_out_all(rows[:size], row[None], deflate, extra, spread)
+            project_out(rows[size : size + accepted], row[None], spread)
+            left = float(norms(row[None], spread))
             if left < 0.1:
                 continue
             row.mul_(1.0 / left)
@@ -113,29 +122,37 @@ def orthonormalize(
             rows[size + accepted].copy_(row)
         accepted += 1
     for index in range(accepted, keep):
-        random_row(rows, size + index, deflate, generator)
+        random_row(rows, size + index, deflate, generator, spread)
     return C, R
 
 
 def random_row(
-    rows: Tensor, index: int, deflate: Tensor | None, generator: torch.Generator
+    rows: Tensor,
+    index: int,
+    deflate: Tensor | None,
+    generator: torch.Generator,
+    spread: Spread | None = None,
 ) -> None:
     """Makes row ``index`` random of norm one, orthogonal to the rows before and to ``deflate``."""
     row = rows[index]
-    row.normal_(generator=generator)
+    fill_normal(row, generator, spread)
     for _ in range(3):
-        row.mul_(1.0 / torch.linalg.vector_norm(row))
-        _project_out_all(rows[:index], row[None], deflate, None)
-    row.mul_(1.0 / torch.linalg.vector_norm(row))
+        row.mul_(1.0 / norms(row[None], spread)[0])
+        _project_out_all(rows[:index], row[None], deflate, None, spread)
+    row.mul_(1.0 / norms(row[None], spread)[0])
 
 
 def _project_out_all(
-    basis: Tensor, new: Tensor, deflate: Tensor | None, total: Tensor | None
+    basis: Tensor,
+    new: Tensor,
+    deflate: Tensor | None,
+    total: Tensor | None,
+    spread: Spread | None,
 ) -> None:
     if deflate is not None:
-        project_out(deflate, new)
+        project_out(deflate, new, spread)
     if basis.shape[0]:
-        coefficients = project_out(basis, new)
+        coefficients = project_out(basis, new, spread)
         if total is not None:
             total += coefficients
 

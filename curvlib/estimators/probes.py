@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
+from curvlib.core.spread import Spread
+from curvlib.estimators.rows import norms
 
 __all__ = ["LAWS", "fill_probes", "generator_of", "probes"]
 
@@ -56,19 +58,36 @@ def probes(
     return rows.mT
 
 
-def fill_probes(rows: Tensor, law: str, generator: torch.Generator) -> None:
-    """Overwrites each row of ``[K, n]`` with a probe: see :func:`probes`."""
+def fill_probes(
+    rows: Tensor, law: str, generator: torch.Generator, spread: Spread | None = None
+) -> None:
+    """Overwrites each row of ``[K, n]`` with a probe: see :func:`probes`.
+
+    Where vectors are spread over processes, with this process's part of a probe.
+    """
     if law not in LAWS:
         raise ValueError(f"unknown law of probes {law!r}; there are {', '.join(LAWS)}")
     if law == "rademacher":
         signs = _signs_of_bytes(rows.dtype, rows.device)
         for row in rows:
-            _fill_signs(row, signs, generator)
+            if spread is None:
+                _fill_signs(row, signs, generator)
+            else:
+                spread.fill(row, lambda chunk: _fill_signs(chunk, signs, generator))
         return
     for row in rows:
-        row.normal_(generator=generator)
+        fill_normal(row, generator, spread)
         if law == "sphere":
-            row.mul_(row.shape[0] ** 0.5 / torch.linalg.vector_norm(row))
+            size = row.shape[0] if spread is None else spread.size
+            row.mul_(size**0.5 / norms(row[None], spread)[0])
+
+
+def fill_normal(row: Tensor, generator: torch.Generator, spread: Spread | None = None) -> None:
+    """Overwrites ``[n]`` with standard normal numbers, or this process's part of them."""
+    if spread is None:
+        row.normal_(generator=generator)
+    else:
+        spread.fill(row, lambda chunk: chunk.normal_(generator=generator))
 
 
 @lru_cache(maxsize=16)

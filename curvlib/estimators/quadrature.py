@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
+from curvlib.core.spread import Spread
 from curvlib.estimators import lanczos
 from curvlib.estimators.probes import fill_probes
-from curvlib.estimators.rows import dots
+from curvlib.estimators.rows import dots, largest, norms
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def first_state(
     generator: torch.Generator,
 ) -> QuadratureState:
     """The state before the first product: random probes of norm one, orthogonal to ``deflate``."""
-    basis = torch.empty((slots, probes, op.shape[0]), dtype=op.dtype, device=op.device)
-    fill_probes(basis[0], law, generator)
+    basis = torch.empty((slots, probes, op.length), dtype=op.dtype, device=op.device)
+    fill_probes(basis[0], law, generator, op.spread)
     for probe in range(probes):
         row = basis[0, probe]
         for _ in range(2 if deflate is not None else 0):
-            row.mul_(1.0 / torch.linalg.vector_norm(row))
-            lanczos.project_out(deflate, row[None])  # type: ignore[arg-type]
-        row.mul_(1.0 / float(dots(row[None], row[None]).sqrt()))
+            row.mul_(1.0 / norms(row[None], op.spread)[0])
+            lanczos.project_out(deflate, row[None], op.spread)  # type: ignore[arg-type]
+        row.mul_(1.0 / float(dots(row[None], row[None], op.spread).sqrt()))
     zeros = torch.zeros((probes, steps), dtype=torch.float64)
     return QuadratureState(
         basis=basis,
@@ -100,10 +101,10 @@ def next_state(
     del block
     scale = state.scale
     if scale == 0.0:
-        largest = float(torch.linalg.vector_norm(product, math.inf))
-        if not math.isfinite(largest):
+        most = largest(product, op.spread)
+        if not math.isfinite(most):
             raise _not_finite(op, state.step)
-        scale = lanczos.power_of_two(largest, op.dtype) if largest > 0.0 else 0.0
+        scale = lanczos.power_of_two(most, op.dtype) if most > 0.0 else 0.0
     last = state.step + 1 == state.alphas.shape[1]
     alphas, betas = state.alphas.clone(), state.betas.clone()
     lengths, active = list(state.lengths), []
@@ -114,7 +115,8 @@ def next_state(
             before = state.basis[(state.step - 1) % slots, probe]
             fresh.sub_(before, alpha=float(betas[probe, state.step - 1]))
         first = 0 if full else now
-        alpha, beta = _orthogonalize(state.basis[first : now + 1, probe], fresh, deflate)
+        known = state.basis[first : now + 1, probe]
+        alpha, beta = _orthogonalize(known, fresh, deflate, op.spread)
         if not math.isfinite(beta) or not math.isfinite(alpha):
             raise _not_finite(op, state.step)
         alphas[probe, state.step] = alpha
@@ -138,16 +140,18 @@ def next_state(
     )
 
 
-def _orthogonalize(known: Tensor, fresh: Tensor, deflate: Tensor | None) -> tuple[float, float]:
+def _orthogonalize(
+    known: Tensor, fresh: Tensor, deflate: Tensor | None, spread: Spread | None
+) -> tuple[float, float]:
     """Makes ``fresh`` orthogonal to the rows ``known``: its coefficient of the last, its norm."""
     row = fresh[None]
-    alpha = lanczos.project_out(known[-2:], row)[-1, 0].double()
-    before = dots(row, row)[0].sqrt()
+    alpha = lanczos.project_out(known[-2:], row, spread)[-1, 0].double()
+    before = dots(row, row, spread)[0].sqrt()
     for attempt in range(2):
         if deflate is not None:
-            lanczos.project_out(deflate, row)
-        alpha += lanczos.project_out(known, row)[-1, 0].double()
-        beta = dots(row, row)[0].sqrt()
+            lanczos.project_out(deflate, row, spread)
+        alpha += lanczos.project_out(known, row, spread)[-1, 0].double()
+        beta = dots(row, row, spread)[0].sqrt()
         if attempt == 0 and bool(beta >= 0.7 * before):
             break
     return float(alpha), float(beta)

@@ -4,14 +4,20 @@ Blocks of rows are held as tuples, so that a block is added without a copy. What
 back in float64 on the CPU. Sums over a row are taken in the vectors' own type over spans that fit
 a CPU's caches, and added up in float64: as accurate as float64 conversions for the purposes of
 estimates, and no slower than memory.
+
+Where vectors are spread over processes, rows are this process's part of them, and inner products
+are summed over the processes, all those of a call at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from curvlib.core.spread import Spread
 
 Blocks = tuple[Tensor, ...]
 
@@ -26,7 +32,28 @@ def spans(like: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + chunk, length))
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
+def summed(numbers: Tensor, spread: Spread | None) -> Tensor:
+    """Numbers that were summed over this process's rows, over the rows of all."""
+    return numbers if spread is None else spread.sum(numbers)
+
+
+def norms(rows: Tensor, spread: Spread | None = None) -> Tensor:
+    """Norms of rows ``[K, n]``, ``[K]``, in their own type."""
+    own: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return own if spread is None else spread.sum(own.double().square()).sqrt().to(own.dtype)
+
+
+def largest(rows: Tensor, spread: Spread | None = None) -> float:
+    """Largest absolute value of all entries; NaN or infinite if one is."""
+    own = float(torch.linalg.vector_norm(rows, torch.inf)) if rows.numel() else 0.0
+    if spread is None:
+        return own
+    if spread.most(float(math.isnan(own))):  # a maximum over ranks may leave NaN out
+        return math.nan
+    return spread.most(own)
+
+
+def dots(a: Tensor, b: Tensor, spread: Spread | None = None) -> Tensor:
     """Inner products of rows ``[K, n]``, one for each, ``[K]`` in float64 on their device.
 
     Example:
@@ -35,21 +62,24 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.device.type != "cpu":
         found: Tensor = torch.linalg.vecdot(a.double(), b.double())
-        return found
+        return summed(found, spread)
     out = []
     for x, y in zip(a, b, strict=True):
         pairs = zip(x.split(2**15), y.split(2**15), strict=True)
         out.append(torch.stack([torch.dot(u, v) for u, v in pairs]).sum(dtype=torch.float64))
-    return torch.stack(out) if out else a.new_zeros(0, dtype=torch.float64)
+    return summed(torch.stack(out) if out else a.new_zeros(0, dtype=torch.float64), spread)
 
 
-def inner(left: Blocks, right: Blocks, *, wide: bool = False) -> Tensor:
+def inner(
+    left: Blocks, right: Blocks, *, wide: bool = False, spread: Spread | None = None
+) -> Tensor:
     """Inner products of rows in blocks, ``[m, k]``, in float64 on the CPU.
 
     Args:
         left: Rows, ``m`` in all.
         right: Rows, ``k`` in all.
         wide: Whether to convert to float64 before multiplying.
+        spread: Which rows of the vectors are here, where they are spread over processes.
     """
     shape = (sum(a.shape[0] for a in left), sum(b.shape[0] for b in right))
     if 0 in shape:
@@ -63,7 +93,7 @@ def inner(left: Blocks, right: Blocks, *, wide: bool = False) -> Tensor:
             a = block[:, span].double() if wide else block[:, span]
             out[start : start + block.shape[0]] += a @ b.mT
             start += block.shape[0]
-    return out.cpu()
+    return summed(out.cpu(), spread)
 
 
 def subtract(rows: Tensor, blocks: Blocks, coefficients: Tensor, out: Tensor) -> Tensor:
@@ -159,6 +189,12 @@ def all_finite(rows: Tensor) -> bool:
     only looked at one by one where it is not.
     """
     return bool(rows.sum().isfinite()) or bool(rows.isfinite().all())
+
+
+def finite_everywhere(rows: Tensor, spread: Spread | None = None) -> bool:
+    """Whether no entry is NaN or infinite, here and on the other ranks."""
+    finite = bool(torch.isfinite(rows).all())
+    return finite if spread is None else not spread.most(float(not finite))
 
 
 def _householder(basis: Blocks, fresh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def first_state(
 ) -> SamplingState:
     """The state before the first product."""
     op = plan.op
-    zero = torch.zeros(op.shape[1] if diagonal else 0, dtype=op.dtype, device=op.device)
+    zero = torch.zeros(op.length if diagonal else 0, dtype=op.dtype, device=op.device)
     count = blocks.count if blocks is not None and diagonal else 0
     width = len(blocks.groups["layers"]) if blocks is not None and layers else 0
     none = torch.zeros(0, dtype=torch.float64)
@@ -103,7 +103,7 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
         for piece in groups.pieces(W.shape[1], width):
             _read(state, piece, W[:, piece.span], Y[:, piece.span], cells, own)
     summed = bool(cells.sums.shape[1])
-    traces = dots(W, Y) if square and not summed else cells.sums.sum(1)
+    traces = dots(W, Y, plan.op.spread) if square and not summed else cells.sums.sum(1)
     require_finite(plan.op, Y, traces, state.count)
     moments = Moments(state.count, state.means, state.spreads)
     layers = state.layers
@@ -118,7 +118,7 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
                 moments = moments.with_probe(x, d)
     squares = state.squares
     if squares is not None:
-        squares = torch.cat([squares, dots(Y, Y).cpu()])
+        squares = torch.cat([squares, dots(Y, Y, plan.op.spread).cpu()])
     return replace(
         state,
         traces=torch.cat([state.traces, traces.cpu()]),

@@ -133,7 +133,7 @@ def solve(
         for MINRES; Z. Frangella, J. Tropp and M. Udell, *Randomized Nyström preconditioning*,
         SIAM J. Matrix Anal. Appl. 44 (2023).
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     columns = right_hand_sides(op, b, "b")
     guess = None if x0 is None else right_hand_sides(op, x0, "x0")
     if guess is not None and x0 is not None and x0.shape != b.shape:
@@ -164,7 +164,7 @@ def solve(
         "device": op.device.type,
     }
     # Whatever the units of b, the iterations work on vectors of norm one.
-    norms = column_norms(columns)
+    norms = column_norms(columns, op.spread)
     units = torch.where(norms > 0.0, norms, torch.ones_like(norms))[:, None]
     rows = (columns.mT / units).contiguous()
     start = None if guess is None else (guess.mT / units).contiguous()
@@ -200,6 +200,7 @@ def solve(
         save_every=save_every,
         progress=progress,
         group=op.group,
+        spread=op.spread,
     )
     _warn(problem, state)
     value = (state.x * norms[:, None]).mT

@@ -109,7 +109,7 @@ def first_state(problem: Problem, random: torch.Generator) -> SolveState:
         since=0,
         products=products,
     )
-    zero = (iterations.row_norms(problem.rows) == 0.0).cpu()
+    zero = (iterations.row_norms(problem.rows, problem.op.spread) == 0.0).cpu()
     if bool(zero.any()):
         state.x[zero.to(state.x.device)] = 0.0
         state.residuals[zero] = 0.0
@@ -183,7 +183,7 @@ def _measure(problem: Problem, state: SolveState) -> SolveState:
     whole = len(pending) == len(problem.rows)
     rows, x = (problem.rows, state.x) if whole else (problem.rows[where], state.x[where])
     rest = torch.sub(rows, system.product(x), out=problem.scratch.take(rows))
-    norms = iterations.row_norms(rest).cpu()
+    norms = iterations.row_norms(rest, problem.op.spread).cpu()
     iterations.require_finite(system, norms)
     room = problem.budget - state.products - len(pending)
     reasons = list(state.reasons)

@@ -21,6 +21,7 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator
 from curvlib.core.run import Progress, Report, run
 from curvlib.estimators.probes import LAWS, fill_probes, generator_of
+from curvlib.estimators.rows import finite_everywhere, summed
 
 S = TypeVar("S")
 
@@ -90,13 +91,13 @@ class Plan:
         generator = torch.Generator(device=self.op.device)
         generator.set_state(state)
         if keep or not self.spare or self.spare[0].shape[0] < size:
-            shape = (size, self.op.shape[1])
+            shape = (size, self.op.length)
             rows = torch.empty(shape, dtype=self.op.dtype, device=self.op.device)
             if not keep:
                 self.spare[:] = [rows]
         else:
             rows = self.spare[0][:size]
-        fill_probes(rows, self.law, generator)
+        fill_probes(rows, self.law, generator, self.op.spread)
         return rows, generator.get_state()
 
     def done(self, count: int, relative_error: Callable[[], float]) -> bool:
@@ -132,6 +133,7 @@ class Plan:
             save_every=self.save_every,
             progress=self.progress,
             group=self.op.group,
+            spread=self.op.spread,
         )
 
 
@@ -200,6 +202,21 @@ def products_of(
     if max_products is not None:
         return whole("max_products", max_products)
     return DEFAULT_PRODUCTS[0 if tolerance is None else 1]
+
+
+def only_hutchinson(op: LinearOperator, method: str | None) -> str:
+    """The method for vectors that are spread over processes.
+
+    Raises:
+        ValueError: If another one is asked for.
+    """
+    if method not in (None, "hutchinson"):
+        raise ValueError(
+            f"method {method!r} needs whole vectors, and those of {op!r} are spread over "
+            f"{op.holders} processes (a sharding that curvlib cannot follow here); use "
+            "method='hutchinson'"
+        )
+    return "hutchinson"
 
 
 def law_of_sketch(n: int) -> str:
@@ -275,7 +292,7 @@ def multiply(op: LinearOperator, rows: Tensor, first: int, *, check: bool = True
     """
     out = op.matmat(rows.mT).mT.contiguous()
     if check:
-        require_finite(op, out, out.sum(), first)
+        require_finite(op, out, summed(out.sum(), op.spread), first)
     return out
 
 
@@ -285,7 +302,11 @@ def require_finite(op: LinearOperator, products: Tensor, sums: Tensor, first: in
     Raises:
         FloatingPointError: If an entry is NaN or infinite.
     """
-    if not bool(sums.isfinite().all()) and not bool(products.isfinite().all()):
+    if op.spread is not None and bool(sums.isfinite().all()):
+        return  # ranks decide by what they have in common
+    if not bool(sums.isfinite().all()) and not finite_everywhere(products, op.spread):
+        if op.spread is not None:
+            products = sums.view(-1, 1).expand(len(products), 1)
         bad = int((~products.isfinite().all(dim=1)).nonzero()[0, 0])
         raise FloatingPointError(
             f"product {first + bad + 1} with {op!r} has entries that are NaN or infinite, though "

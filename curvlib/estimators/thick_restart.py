@@ -34,6 +34,7 @@ from torch import Tensor
 
 from curvlib.estimators import lanczos
 from curvlib.estimators.krylov_state import KrylovState, Plan, wanted_first
+from curvlib.estimators.rows import largest, norms
 
 #: Tolerance of the residual estimates, as a share of what measured residuals must meet.
 SAFETY = 0.5
@@ -75,11 +76,11 @@ def _expand(plan: Plan, state: KrylovState) -> KrylovState:
     product = plan.op.matmat(rows[size : size + block].T)
     scale = state.scale
     if scale == 0.0:
-        largest = float(torch.linalg.vector_norm(product, math.inf))
-        if not math.isfinite(largest):
+        most = largest(product, plan.op.spread)
+        if not math.isfinite(most):
             raise _not_finite(plan, state.products, block)
-        if largest > 0.0:
-            scale = lanczos.power_of_two(largest, rows.dtype)
+        if most > 0.0:
+            scale = lanczos.power_of_two(most, rows.dtype)
     generator = torch.Generator(device=rows.device)
     generator.set_state(state.generator)
     grown = size + block
@@ -97,6 +98,7 @@ def _expand(plan: Plan, state: KrylovState) -> KrylovState:
             deflate=plan.deflate,
             floor=10 * eps * max(state.norm, eps),
             generator=generator,
+            spread=plan.op.spread,
         )
     except FloatingPointError as error:
         raise _not_finite(plan, state.products, block) from error
@@ -168,7 +170,7 @@ def _assess(plan: Plan, state: KrylovState) -> KrylovState:
         return _to_verify(state)
     generator = torch.Generator(device=state.rows.device)
     generator.set_state(state.generator)
-    lanczos.random_row(state.rows, k, plan.deflate, generator)
+    lanczos.random_row(state.rows, k, plan.deflate, generator, plan.op.spread)
     return replace(
         state,
         E=torch.zeros((1, k), dtype=torch.float64),
@@ -285,17 +287,17 @@ def _verify(plan: Plan, state: KrylovState) -> KrylovState:
     product = plan.op.matmat(rows[first:last].T)
     spare = state.size + state.block
     residuals = state.residuals.clone()
-    largest = float(residuals[:first].max()) if first else -1.0
+    most = float(residuals[:first].max()) if first else -1.0
     for i in range(first, last):
         residual = product[:, i - first] * (1.0 / (state.scale or 1.0))
         residual.sub_(rows[i], alpha=float(state.values[i]))
         if plan.deflate is not None:
-            lanczos.project_out(plan.deflate, residual[None])
-        residuals[i] = float(torch.linalg.vector_norm(residual))
+            lanczos.project_out(plan.deflate, residual[None], plan.op.spread)
+        residuals[i] = float(norms(residual[None], plan.op.spread))
         if not math.isfinite(float(residuals[i])):
             raise _not_finite(plan, state.products, last - first)
-        if float(residuals[i]) > largest:
-            largest = float(residuals[i])
+        if float(residuals[i]) > most:
+            most = float(residuals[i])
             rows[spare].copy_(residual)
     state = replace(
         state, products=state.products + last - first, residuals=residuals, verified=last
@@ -319,7 +321,15 @@ def _conclude(plan: Plan, state: KrylovState) -> KrylovState:
     generator = torch.Generator(device=rows.device)
     generator.set_state(state.generator)
     lanczos.orthonormalize(
-        rows, k, 1, keep=1, recent=0, deflate=plan.deflate, floor=0.0, generator=generator
+        rows,
+        k,
+        1,
+        keep=1,
+        recent=0,
+        deflate=plan.deflate,
+        floor=0.0,
+        generator=generator,
+        spread=plan.op.spread,
     )
     E = torch.zeros((1, k), dtype=torch.float64)
     dropped = state.residuals.clone()

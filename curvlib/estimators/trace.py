@@ -24,6 +24,7 @@ from curvlib.estimators.stopping import (
     mean_and_stderr,
     mean_interval,
     one_of,
+    only_hutchinson,
     plan,
     products_of,
     relative,
@@ -147,7 +148,7 @@ def trace(
         Stat. Simul. Comput. 18 (1989); R. A. Meyer et al., *Hutch++*, arXiv:2010.09649; E. N.
         Epperly, J. A. Tropp and R. J. Webber, *XTrace*, arXiv:2301.07825.
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     if method is not None:
         one_of("method", method, tuple(METHODS))
     if method == "xnystrace" and not op.psd:
@@ -181,6 +182,8 @@ def trace(
 def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float | None) -> str:
     """The method for an operator and a budget of products: see :func:`trace`."""
     n = op.shape[0]
+    if op.spread is not None:
+        return only_hutchinson(op, method)
     if method == "hutchinson" or (method == "xtrace" and budget == 1):
         return "hutchinson"  # which XTrace with one probe is
     if budget >= n and (tolerance is None or n <= SMALL):

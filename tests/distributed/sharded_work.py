@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import curvlib as cl
-from tests.distributed.work import F64, net, uneven
+from tests.distributed.work import F64, batches, net, uneven
 
 
 def mesh() -> DeviceMesh:
@@ -55,4 +56,56 @@ def products(rank: int, size: int) -> dict[str, torch.Tensor]:
         "some": some.space.gather(cl.hessian(some) @ columns(some)),
         "combined": whole((H + 0.5 * cl.ggn(risk).shift(0.1)) @ V),
         "differences": whole(cl.hessian(risk, method="finite_difference") @ V[:, 0]),
+    }
+
+
+def few(rank: int, size: int) -> list[Any]:
+    """Two batches; with three ranks, the second has none."""
+    cuts = {1: [0, 2], 2: [0, 1, 2], 3: [0, 1, 1, 2]}[size]
+    return batches()[:2][cuts[rank] : cuts[rank + 1]]
+
+
+def estimates(rank: int, size: int) -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():  # budgets are short
+        warnings.filterwarnings("ignore", message=".*did not converge")
+        return _estimates(rank, size)
+
+
+def _estimates(rank: int, size: int) -> dict[str, torch.Tensor]:
+    model = net() if size == 1 else sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    H, G, whole = cl.hessian(risk), cl.ggn(risk), risk.space.gather
+    pairs = cl.eigenpairs(H, 2, which="BE")
+    restarted = cl.eigenpairs(G, 2, block=2, basis=6, start=pairs.vectors, max_products=20)
+    rest = cl.eigenpairs(H, 2, deflate=pairs, max_products=14)
+    spectrum = cl.density(H, steps=5, probes=2, deflate=pairs)
+    thin = cl.density(H, steps=4, probes=2, law="rademacher", reorthogonalize=False)
+    traces = {
+        law: cl.trace(H, method="hutchinson", probes=4, law=law)
+        for law in ("rademacher", "gaussian", "sphere")
+    }
+    entries = cl.diagonal(H, method="hutchinson", probes=5)
+    some = cl.diagonal(H, method="hutchinson", law="gaussian", tolerance=0.9, max_products=12)
+    b = risk.gradient()
+    by_cg = cl.solve(G, torch.stack([b, columns(risk)[:, 0]], 1), damping=0.1, tolerance=1e-8)
+    by_minres = cl.solve(H, b, damping=0.1, max_products=16)
+    series = cl.solve(G, b, damping=0.1, method="neumann", terms=3, scale=0.5)
+    return {
+        "values": pairs.values,
+        "vectors": whole(pairs.vectors) * whole(pairs.vectors)[:1].sign(),
+        "residuals": pairs.residuals < 1e-6,
+        "restarted": restarted.values,
+        "rest": rest.values,
+        "density": spectrum.density,
+        "thin": thin.nodes,
+        **{law: found.samples for law, found in traces.items()},
+        "diagonal": whole(entries.value),
+        "diagonal's error": whole(entries.stderr),
+        "some": whole(some.value),
+        "cg": whole(by_cg.value),
+        "minres": whole(by_minres.value),
+        "series": whole(series.value),
+        "iterations": torch.tensor(
+            [by_cg.iterations.tolist()[0], by_minres.iterations.tolist()[0], some.products]
+        ),
     }

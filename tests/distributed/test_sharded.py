@@ -21,3 +21,13 @@ def test_products_are_those_of_one_process(size: int) -> None:
         assert error(found[0][name], value) < tolerance, name
         for other in found[1:]:
             assert torch.equal(other[name], found[0][name]), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_estimates_are_those_of_one_process(size: int) -> None:
+    expected = work.estimates(0, 1)
+    found = on_ranks(WORK + "estimates", size)
+    for name, value in expected.items():
+        assert error(found[0][name].double(), value.double()) < 1e-6, name
+        for other in found[1:]:
+            assert torch.equal(other[name], found[0][name]), name
