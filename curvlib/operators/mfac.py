@@ -75,6 +75,7 @@ def mfac_window(
         device=device or ("cpu" if known is None else known.device),
         parts=part_sizes(parts, known),
         storage=storage,
+        spread=None if known is None else known.spread,
     )
     return MFAC(window, damping=damping, relative=relative, accuracy=accuracy, space=known)
 
@@ -265,6 +266,12 @@ def _blocked(
         raise ValueError(
             "block_size= makes blocks inside each parameter tensor, so it needs space=, which "
             "says where they lie: risk.space, or ParamSpace.of(model)"
+        )
+    if space.spread is not None:
+        raise ValueError(
+            "block_size= needs whole rows, and those of this space are spread over "
+            f"{space.spread.group.size} processes (a sharding that curvlib cannot follow); use a "
+            "window: leave block_size= out"
         )
     partition = Partition.of(space, block_size)
     return BlockMFAC(blocks, partition, damping=damping, relative=relative)

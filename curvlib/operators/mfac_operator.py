@@ -96,15 +96,22 @@ class MFAC(LinearOperator):
                 f"space has {space.size} parameters, but rows of the window have length "
                 f"{window.length}"
             )
+        if space is not None and space.spread != window.spread:
+            raise ValueError(
+                "the space and the window are spread over processes differently; make the window "
+                "with curvlib.mfac_window(risk.space, size)"
+            )
+        size = window.length if window.spread is None else window.spread.size
         super().__init__(
             self._matmat,
-            (window.length, window.length),
+            (size, size),
             dtype=F64 if window.dtype == F64 else torch.float32,
             device=window.device,
             psd=True,
             space=space,
             name=name,
             identity=self._digest,
+            spread=window.spread,
         )
         self.window = window
         self.relative = bool(relative)
@@ -328,6 +335,7 @@ class MFAC(LinearOperator):
             IndexError: If an index is out of range.
             TypeError: If indices are not integers.
         """
+        self._require_whole("inverse_submatrix")
         n = self.shape[0]
         first = window_elements.indices(rows, n, self.device)
         second = first if columns is None else window_elements.indices(columns, n, self.device)
@@ -364,24 +372,24 @@ class MFAC(LinearOperator):
         if not self.window.count:
             return torch.zeros(0, dtype=F64, device=self.device)
         self.window.polish()
-        return eigenvalues(self.window.stored_gram(), self.window.parts)
+        return eigenvalues(self.window.stored_gram(), self.window.whole_parts)
 
     def trace(self) -> float:
         """The trace of ``F``."""
         if not self.window.count:
             return self.shape[0] * self._empty_damping()
-        return self._system().trace(self.window.parts)
+        return self._system().trace(self.window.whole_parts)
 
     def logdet(self, damping: float = 0.0) -> float:
         r""":math:`\log \det (F + \text{damping}\, I)`."""
         more = checked_more(damping)
         if not self.window.count:
             return self.shape[0] * math.log(self._empty_damping() + more)
-        return self._polished(more).logdet(self.window.parts)
+        return self._polished(more).logdet(self.window.whole_parts)
 
     # ------------------------------------------------------------------- private
     def _constant(self, value: float) -> Tensor:
-        return torch.full((self.shape[0],), value, dtype=self.dtype, device=self.device)
+        return torch.full((self.length,), value, dtype=self.dtype, device=self.device)
 
     def _empty_damping(self) -> float:
         """The damping of a window without rows."""

@@ -91,6 +91,15 @@ class SparseWindow:
         return len(self._order)
 
     @property
+    def whole_parts(self) -> tuple[int, ...]:
+        """Lengths of the parts, which are whole here."""
+        return self.parts
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """The numbers: all entries are here."""
+        return numbers
+
+    @property
     def rounded(self) -> bool:
         """Never: Gram entries are sums in float64."""
         return False

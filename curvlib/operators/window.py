@@ -12,6 +12,17 @@ with a Gram matrix of its own. Entries of rows that were pushed one by one come 
 products with float64 sums over chunks (relative error about 1e-8); :meth:`Window.polish` computes
 them again in float64, which :class:`~curvlib.operators.mfac.MFAC` does when, and only when, the
 conditioning asks for it.
+
+Where parameters are sharded over :math:`R` ranks, a rank holds its entries of every row, :math:`m P
+/ R` numbers, and the whole Gram matrix, the same bits on each. Beside that it sends, in float64,
+
+====================  =====================================================
+push of k rows        :math:`m k` numbers, and ``k`` with ``check=True``
+solve of K columns    :math:`m K` (:math:`(m + 1) K` where rows are rounded)
+solve for a row       none
+====================  =====================================================
+
+each in one all-reduce.
 """
 
 from __future__ import annotations
@@ -25,6 +36,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.memory import available_memory
+from curvlib.core.spread import Spread
 from curvlib.operators import row_products, window_gram, window_state
 from curvlib.operators.window_arguments import (
     as_rows,
@@ -57,6 +69,8 @@ class Window:
         storage: ``"cpu"`` keeps the rows in host memory (pinned for CUDA), in blocks of columns
             that are brought to the device one after the other, once for each product. By default
             rows live on ``device``.
+        spread: Where rows are spread over processes, which of their entries are here: ``length``
+            of them. Parts are not split then.
 
     Attributes:
         count: Rows that are held.
@@ -85,8 +99,16 @@ class Window:
         device: torch.device | str = "cpu",
         parts: Sequence[int] | None = None,
         storage: str | None = None,
+        spread: Spread | None = None,
     ) -> None:
-        self.length = require_size("length", length)
+        self.spread = spread
+        self.length = require_size("length", length) if spread is None else spread.length
+        if spread is not None and (parts is not None or length != spread.length):
+            raise ValueError(
+                "a window whose rows are spread over processes has one part, of this process's "
+                f"{spread.length} entries, got length={length}, parts={parts!r} (a sharding that "
+                "curvlib cannot follow)"
+            )
         self.size = require_size("size", size)
         self.dtype = require_dtype(dtype)
         self.device = torch.empty(0, device=device).device
@@ -126,6 +148,11 @@ class Window:
     def count(self) -> int:
         """How many rows are held."""
         return len(self._order)
+
+    @property
+    def whole_parts(self) -> tuple[int, ...]:
+        """Lengths of the parts of whole rows, on all processes together."""
+        return self.parts if self.spread is None else (self.spread.size,)
 
     @property
     def rounded(self) -> bool:
@@ -191,7 +218,11 @@ class Window:
         out = torch.zeros(shape, dtype=F64, device=self.device)
         for part, start, stop, rows in self.pieces():
             out[part] += row_products.inner(rows, columns[start:stop], exact=exact)
-        return out
+        return self.summed(out)
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """Numbers that were summed over the entries here, over those of all processes."""
+        return numbers if self.spread is None else self.spread.sum(numbers)
 
     def combination(self, coefficients: Tensor, *, exact: bool = False) -> Tensor:
         """``G^T C`` ``[P, K]`` for ``C`` ``[parts, count, K]`` in float64.
@@ -230,7 +261,7 @@ class Window:
         # beyond the stored type's range is as bad as infinite
         stored = new.to(self.dtype)
         if check:
-            kept = finite_rows(stored, skip=skip_non_finite, source=new)
+            kept = finite_rows(stored, skip=skip_non_finite, source=new, spread=self.spread)
             if kept is not None:
                 stored = stored[kept]
         taken = len(stored)
@@ -266,7 +297,7 @@ class Window:
                 products[part] += row_products.gram(rows, others)
             else:
                 products[part] += row_products.inner(rows, new[:, start:stop].mT)
-        window_gram.write(self._gram, products, slots)
+        window_gram.write(self._gram, self.summed(products), slots)
 
     def polish(self) -> bool:
         """Computes Gram entries that came from float32 products again, in float64, in one pass.
@@ -331,7 +362,7 @@ class Window:
         """
         other = Window(
             self.length, size, dtype=self.dtype, device=self.device, parts=self.parts,
-            storage=self.storage,
+            storage=self.storage, spread=self.spread,
         )  # fmt: skip
         other.load_state_dict(self.state_dict())
         self.size, self._blocks, self._gram = other.size, other._blocks, other._gram
@@ -367,7 +398,17 @@ class Window:
         self.version += 1
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the window to one file (safetensors), which appears whole or not at all."""
+        """Writes the window to one file (safetensors), which appears whole or not at all.
+
+        Raises:
+            ValueError: If its rows are spread over processes.
+        """
+        if self.spread is not None:
+            raise ValueError(
+                "one file holds whole rows, and those of this window are spread over "
+                f"{self.spread.group.size} processes (a sharding that curvlib cannot follow here); "
+                "save each process's state_dict() to a file of its own"
+            )
         return window_state.write(path, self.state_dict())
 
     @classmethod

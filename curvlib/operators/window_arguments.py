@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.spread import Spread
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -113,12 +115,18 @@ def as_rows(rows: Any, length: int, device: torch.device) -> Tensor:
     return out[None] if out.ndim == 1 else out
 
 
-def finite_rows(stored: Tensor, *, skip: bool, source: Tensor) -> list[int] | None:
+def finite_rows(
+    stored: Tensor, *, skip: bool, source: Tensor, spread: Spread | None = None
+) -> list[int] | None:
     """Rows that are finite, or ``None`` for all of them."""
-    if bool(torch.isfinite(stored.sum(1)).all()):  # the fastest pass; it may overflow in vain
+    bad_rows = ~torch.isfinite(stored.sum(1))  # the fastest pass; it may overflow in vain
+    if spread is not None:  # all ranks decide alike
+        bad_rows = spread.sum(bad_rows.double()) > 0
+    if not bool(bad_rows.any()):
         return None
-    largest = torch.linalg.vector_norm(stored, float("inf"), dim=1)
-    finite: list[bool] = torch.isfinite(largest).tolist()
+    finite: list[bool] = torch.isfinite(stored).all(1).tolist()
+    if spread is not None:
+        finite = (spread.sum(torch.tensor([float(not f) for f in finite])) == 0).tolist()
     if all(finite):
         return None
     if not skip:
@@ -126,6 +134,8 @@ def finite_rows(stored: Tensor, *, skip: bool, source: Tensor) -> list[int] | No
         bad = int((~torch.isfinite(stored[i])).sum())
         given = int((~torch.isfinite(source[i])).sum())
         why = "" if given else f" once stored as {stored.dtype}"
+        if spread is not None:
+            why += " (here; perhaps on another rank)"
         which = "the row" if len(stored) == 1 else f"row {i} of {len(stored)}"
         raise FloatingPointError(
             f"{bad} of {stored.shape[1]} entries of {which} are NaN or infinite{why}; nothing was "

@@ -35,6 +35,13 @@ class Rows(Protocol):
         """How many rows are held."""
 
     @property
+    def whole_parts(self) -> tuple[int, ...]:
+        """Lengths of the parts of whole rows, on all processes together."""
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """Numbers that were summed over the entries here, over those of all processes."""
+
+    @property
     def rounded(self) -> bool:
         """Whether some Gram entries came from float32 products."""
 

@@ -41,7 +41,7 @@ def solve(window: Rows, system: System, x: Tensor, accuracy: float) -> Tensor | 
     coefficients = system.solve(products)
     if not exact and math.isfinite(accuracy):
         norms = [torch.linalg.vector_norm(x[start:stop], dim=0) for start, stop in _bounds(window)]
-        squares = torch.stack(norms).to(F64).square()
+        squares = window.summed(torch.stack(norms).to(F64).square())
         exact = not system.solve_error(squares, products, coefficients) <= accuracy
         if exact and system.rounded:
             return None

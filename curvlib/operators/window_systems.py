@@ -55,7 +55,7 @@ class Systems:
 
     def _factorized(self, damping: float, relative: bool | str, more: float) -> System:
         window = self.window
-        sizes = (window.count,) * len(window.parts) if relative == "rows" else window.parts
+        sizes = (window.count,) * len(window.parts) if relative == "rows" else window.whole_parts
 
         def absolute(gram: Tensor) -> Tensor:
             return absolute_damping(gram, damping, sizes, relative=bool(relative)) + more

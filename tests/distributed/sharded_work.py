@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,3 +111,62 @@ def _estimates(rank: int, size: int) -> dict[str, torch.Tensor]:
             [by_cg.iterations.tolist()[0], by_minres.iterations.tolist()[0], some.products]
         ),
     }
+
+
+def windows(rank: int, size: int) -> dict[str, Any]:
+    """M-FAC with rows that lie like the parameters, and how many numbers were summed."""
+    model = net() if size == 1 else sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    space = risk.space
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(7, space.total, generator=g, dtype=F64)
+    x = space.scatter(torch.randn(space.total, 2, generator=g, dtype=F64))
+    found: dict[str, Any] = {}
+    sent: list[int] = []
+    for dtype in (F64, torch.float32, torch.bfloat16):
+        F = cl.mfac_window(space, 4, damping=0.1, dtype=dtype)
+        own = [space.scatter(row).to(F.dtype) for row in rows]
+        v = x.to(F.dtype)
+        for row in own[:5]:
+            F.push(row)
+        F.remove(1)
+        F.push(torch.stack(own[5:]))
+        with counted(sent):
+            F.push(own[0], check=False)
+            direction = F.solve_row()
+            solved = F.solve(v)
+        name = str(dtype)
+        found |= {
+            name + " row": space.gather(direction),
+            name + " solve": space.gather(solved),
+            name + " product": space.gather(F @ v),
+            name + " power": space.gather(F.power(-0.5) @ v),
+            name + " inverse diagonal": space.gather(F.inverse_diagonal()),
+            name + " diagonal": space.gather(F.diagonal()),
+            name + " numbers": torch.tensor([F.trace(), F.logdet(), F.quadratic_row()]),
+            name + " eigenvalues": F.eigenvalues(),
+        }
+        bad = own[1].clone()
+        if rank == size - 1:
+            bad[0] = float("nan")
+        taken = F.push(torch.stack([own[2], bad]), skip_non_finite=True)
+        found[name + " taken"] = torch.tensor([taken, F.window.count])
+    entries = cl.mfac(risk.gradient()[None], space=space, damping=0.1)
+    found["pushed"] = space.gather(entries.solve(x))
+    return {**found, "sent": torch.tensor(sent)}
+
+
+@contextmanager
+def counted(sent: list[int]) -> Iterator[None]:
+    """Notes how many numbers each sum over ranks has."""
+    plain = dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        sent.append(tensor.numel())
+        return plain(tensor, *args, **settings)
+
+    dist.all_reduce = counting
+    try:
+        yield
+    finally:
+        dist.all_reduce = plain
