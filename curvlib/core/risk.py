@@ -242,6 +242,7 @@ class Risk:
 
     def alone(self) -> Risk:
         """The risk of this rank's shard, which does not communicate."""
+        self.require_whole("this function")
         out = self._with(self.data, list(self._held.values()), group=False)
         out.draws = self.draws
         return out
@@ -306,8 +307,8 @@ class Risk:
             RuntimeError: If the data changed between two passes, or another rank failed.
             FloatingPointError: If the sum is not finite; names the batch and the layer.
         """
-        if rows is None and self.places:
-            raise ValueError(self._unfollowed())
+        if rows is None:
+            self.require_whole("this function")
         known = self._known_weight()
         rows = bool(rows) and self.space.spread is not None
         found = self._joined_pass(add, 1.0 if known is None else 1.0 / known, given, rows)
@@ -401,7 +402,7 @@ class Risk:
         Those that have no more go through a batch that they had, or that another rank has lent,
         and multiply its loss by zero.
         """
-        own = iter(self.batches(scale, shard=True))
+        own = iter(self._own_batches(scale))
         while True:
             batch, failure = None, None
             try:
@@ -443,11 +444,15 @@ class Risk:
             ValueError: If there is none.
             RuntimeError: If the data changed since the first pass, or other ranks' are left out.
         """
+        self.require_whole("this function")
         if self.group is not None and not shard:
             raise RuntimeError(
                 "this function sees only the data of one process, and the risk belongs to "
                 f"{self.group.size}; give one process all data: Risk(..., group=False)"
             )
+        yield from self._own_batches(scale)
+
+    def _own_batches(self, scale: float) -> Iterator[Batch]:
         count, examples = 0, 0
         for data in self._batches:
             batch = Batch(self, count, to_device(data, self.device), scale)
@@ -476,8 +481,8 @@ class Risk:
         Raises:
             TypeError: If the batch is of an unknown kind and there is no ``forward=``.
         """
-        if self.places and self._regather is None:
-            raise ValueError(self._unfollowed())
+        if self._regather is None:
+            self.require_whole("this function")
         if params is not None:
             return self.replaced(params, lambda: self.call(data))
         if self._noticed:
@@ -491,8 +496,7 @@ class Risk:
     def replaced(self, params: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
         """Calls a function while parameters have other values, by the names of :attr:`space`."""
         if self.places:
-            if self._regather is None:
-                raise ValueError(self._unfollowed())
+            assert self._regather is not None  # or call() has refused
             with self._regather.instead({id(self._held[n]): v for n, v in params.items()}):
                 return function()
         raw = {id(p): name for name, p in self._holder.named_parameters()}
@@ -542,12 +546,14 @@ class Risk:
         place = self.places.get(id(param))
         return param if place is None else place.leaf.requires_grad_()
 
-    def _unfollowed(self) -> str:
-        return (
-            f"{sharded.UNFOLLOWED}: the parameters are sharded, and this function needs them "
-            "whole. risk.value(), risk.gradient(), curvlib.hessian and curvlib.ggn follow them; "
-            "for others, load the parameters into a model without fully_shard"
-        )
+    def require_whole(self, what: str) -> None:
+        """Raises ValueError if parameters are sharded, for a function that does not follow that."""
+        if self.places:
+            raise ValueError(
+                f"{sharded.UNFOLLOWED}: the parameters are sharded, and {what} needs them whole. "
+                "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn and windows follow "
+                "them; for others, load the parameters into a model without fully_shard"
+            )
 
     def __repr__(self) -> str:
         return (

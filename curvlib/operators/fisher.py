@@ -90,6 +90,7 @@ def fisher(
     elif kind == "type2":
         name, curvature = "type-2 Fisher", _type2
     else:
+        risk.require_whole("the Monte-Carlo Fisher")
         name, curvature = "Monte-Carlo Fisher", _MonteCarlo(samples, seed)
     return gauss_newton(
         risk,

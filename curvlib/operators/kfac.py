@@ -315,6 +315,7 @@ def kfac(
     """
     if not isinstance(risk, Risk):
         raise TypeError(f"kfac takes a Risk, got {type(risk).__name__}")
+    risk.require_whole("curvlib.kfac")
     require_kind(risk.loss, fisher, samples)
     if sharing not in _SHARING:
         raise ValueError(f"sharing= is one of {', '.join(map(repr, _SHARING))}, got {sharing!r}")

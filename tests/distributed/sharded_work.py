@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import curvlib as cl
+from curvlib.core import spread
+from curvlib.core.group import Group
+from curvlib.operators.mfac_operator import MFAC
+from curvlib.operators.window import Window
 from tests.distributed.work import F64, batches, net, uneven
 
 
@@ -54,6 +63,7 @@ def products(rank: int, size: int) -> dict[str, torch.Tensor]:
         "one by one": whole(cl.hessian(risk, memory=0) @ V),
         "ggn": whole(cl.ggn(risk) @ V),
         "type2": whole(cl.fisher(risk, kind="type2") @ V),
+        "empirical": whole(cl.fisher(risk, kind="empirical") @ V),
         "sum": whole(cl.hessian(total) @ V),
         "some": some.space.gather(cl.hessian(some) @ columns(some)),
         "combined": whole((H + 0.5 * cl.ggn(risk).shift(0.1)) @ V),
@@ -170,3 +180,252 @@ def counted(sent: list[int]) -> Iterator[None]:
         yield
     finally:
         dist.all_reduce = plain
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g * 2.0
+
+
+def refusals(rank: int, size: int) -> dict[str, str]:
+    """What is refused, and how."""
+    model = sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    plain = cl.Risk(net(), nn.CrossEntropyLoss(), few(rank, size))
+    H, b = cl.hessian(risk), torch.zeros(risk.space.size, dtype=F64)
+    window = cl.mfac_window(risk.space, 2)
+    window.push(b + 1.0)
+
+    def placed(*placements: Any, mesh_shape: tuple[int, ...] = (2,), layers: Any = (0,)) -> Any:
+        other, where = net(), torch.arange(2).reshape(mesh_shape)
+        for layer in layers:
+            for name, p in list(other[layer].named_parameters()):
+                cut = distribute_tensor(p.detach(), DeviceMesh("cpu", where), placements)
+                other[layer].register_parameter(name, nn.Parameter(cut))
+        return cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
+
+    def buffered() -> Any:
+        other = sharded_net()
+        other.register_buffer("scale", distribute_tensor(torch.ones(4), mesh(), [Shard(0)]))
+        return cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
+
+    def tensor_parallel() -> Any:
+        other = parallelize_module(net(), mesh(), {"0": ColwiseParallel()})
+        return cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
+
+    def replaced() -> Any:
+        other = sharded_net()
+        after = cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
+        other[3].bias = nn.Parameter(other[3].bias.detach().clone())
+        return after.value()
+
+    def once() -> Any:
+        return cl.ggn(risk_of(lambda m, batch: _Once.apply(m(batch[0])))) @ b
+
+    def not_finite() -> Any:
+        scale = float("nan") if rank == 0 else 1.0
+        return risk_of(lambda m, batch: m(batch[0] * scale)).gradient()
+
+    def broken_data() -> Any:
+        def batches_of() -> Iterator[Any]:
+            yield from few(0, 2)
+            if rank == 1:
+                raise OSError("the disk is gone")
+
+        return cl.Risk(model, nn.CrossEntropyLoss(), Again(batches_of)).value()
+
+    def risk_of(forward: Any) -> cl.Risk:
+        return cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size), forward=forward)
+
+    cases: dict[str, Callable[[], Any]] = {
+        "xtrace": lambda: cl.trace(H, method="xtrace"),
+        "xdiag": lambda: cl.diagonal(H, method="xdiag"),
+        "blocks": lambda: cl.diagonal(H, blocks={"a": [0]}),
+        "logdet": lambda: cl.logdet(H, damping=1.0),
+        "to_dense": H.to_dense,
+        "submatrix": lambda: H.submatrix([0]),
+        "to_scipy": lambda: cl.to_scipy(H),
+        "preconditioner": lambda: cl.solve(H, b, preconditioner=3),
+        "combined": lambda: H + cl.hessian(plain),
+        "differentiable": lambda: cl.trace(H, probes=2) and H.differentiable_matmat(b[:, None]),
+        "gather": lambda: risk.space.gather(b[1:]),
+        "scatter": lambda: risk.space.scatter(b),
+        "kfac": lambda: cl.kfac(risk),
+        "mc": lambda: cl.fisher(risk, kind="mc"),
+        "gradients": lambda: list(cl.gradients(risk)),
+        "jacobian": lambda: cl.jacobian(risk) @ b,
+        "mfac": lambda: cl.mfac(risk, size=2),
+        "check": risk.check,
+        "alone": risk.alone,
+        "group": lambda: cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size), group=False),
+        "parts": lambda: cl.mfac_window(risk.space, 2, parts="layer"),
+        "block_size": lambda: cl.mfac(b[None], space=risk.space, block_size=2),
+        "window of a space": lambda: MFAC(Window(risk.space.size, 2), space=risk.space),
+        "element": lambda: window.inverse_element(0, 1),
+        "window's file": lambda: window.window.save("window.safetensors"),
+        "replicated": lambda: placed(Replicate()),
+        "two dimensions": lambda: placed(Shard(0), Replicate(), mesh_shape=(2, 1)),
+        "some whole": lambda: placed(Shard(0)),
+        "buffer": buffered,
+        "tensor parallel": tensor_parallel,
+        "replaced": replaced,
+        "once": once,
+        "not finite": not_finite,
+        "broken data": broken_data,
+    }
+    return {name: _said(call) for name, call in cases.items()}
+
+
+def _said(call: Callable[[], Any]) -> str:
+    try:
+        return f"nothing: {call()!r}"
+    except Exception as error:  # noqa: BLE001 (what it says is looked at)
+        return f"{type(error).__name__}: {error}"
+
+
+class Again:
+    """Batches that can be iterated again."""
+
+    def __init__(self, batches_of: Callable[[], Iterator[Any]]) -> None:
+        self.batches_of = batches_of
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches_of()
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the longest axis of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for item in tree_leaves(out):
+            if isinstance(item, torch.Tensor):
+                self.longest = max(self.longest, *item.shape, 0)
+        return out
+
+
+def deep_net(layers: int = 10) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(layers)))
+    for p in model.double().parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=F64) * 0.4
+    return model
+
+
+def footprint(rank: int, size: int) -> dict[str, Any]:
+    """What ranks hold, and how the model is left."""
+    model = deep_net()
+    for layer in model:
+        fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+    model[0].register_forward_hook(lambda *_: None)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank), dtype=F64)
+    y = torch.arange(4)
+    model(x)  # leaves the root's parameters whole
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), (x, y))
+    risk.value()
+    next(model.parameters()).grad = kept = next(model.parameters()).detach().clone()
+    before = _state(model)
+    spread.CHUNK = 64
+    alive = []
+
+    def graph(batch: Any, total: Any) -> torch.Tensor:
+        parts = batch.gradient(create_graph=True)
+        assert risk._regather is not None
+        alive.extend(not ref.expired() for ref in risk._regather._whole)
+        return risk.space.join(parts)
+
+    with _Largest() as seen:
+        risk.accumulate(graph, rows=True)
+        H, b = cl.hessian(risk), risk.gradient()
+        cl.eigenpairs(H, 1, max_products=7, tolerance=0.1)
+        cl.density(H, steps=2, probes=1, points=64)
+        cl.trace(H, method="hutchinson", probes=2)
+        cl.diagonal(H, probes=2)
+        cl.solve(cl.ggn(risk), b, damping=1.0, tolerance=0.5)
+        window = cl.mfac_window(risk.space, 2)
+        window.push(b)
+        window.solve(b)
+    with suppress(ZeroDivisionError):
+        risk.accumulate(lambda batch, _: 1 / 0, rows=True)
+    sent = {}
+    for name, work in {
+        "gradient": risk.gradient,
+        "hessian": lambda: cl.hessian(risk) @ b,
+        "hessian of 4": lambda: cl.hessian(risk) @ torch.stack([b] * 4, 1),
+        "ggn": lambda: cl.ggn(risk) @ b,
+    }.items():
+        numbers: list[int] = []
+        with _sent(numbers):
+            work()
+        sent[name] = sum(numbers) / risk.space.total
+    after = _state(model)
+    same = all(a == b for a, b in zip(before, after, strict=True))
+    own = sum(p.to_local().numel() for p in model.parameters())
+    return {
+        "longest": seen.longest,
+        "rows": risk.space.size,
+        "own": own,
+        "total": risk.space.total,
+        "alive": sum(alive),
+        "gathered": len(alive),
+        "same": same and next(model.parameters()).grad is kept,
+        "trains": _trains(model, x, y),
+        "sent": sent,
+    }
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """Bits of the slices, identities, flags, hooks in their order and modes."""
+    out: list[Any] = []
+    for module in model.modules():
+        hooks = (module._forward_pre_hooks, module._forward_hooks)
+        out += [[(k, id(h)) for k, h in table.items()] for table in hooks] + [module.training]
+    for name, p in model.named_parameters():
+        bits = p.to_local().detach().numpy().tobytes()
+        out.append((name, id(p), type(p).__name__, p.requires_grad, p.placements, bits))
+    return out
+
+
+def _trains(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether FSDP's own forward and backward passes still work."""
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    plain = deep_net()
+    nn.functional.cross_entropy(plain(x), y).backward()
+    grads = [p.grad.full_tensor() for p in model.parameters()]
+    for g in (p.grad for p in plain.parameters()):
+        dist.all_reduce(g)
+    expected = [p.grad / dist.get_world_size() for p in plain.parameters()]
+    return all(torch.allclose(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@contextmanager
+def _sent(numbers: list[int]) -> Iterator[None]:
+    """Notes the numbers of each gathering of slices, and each sum into them."""
+    plain = Group.joined, Group.own_sum
+
+    def joined(self: Group, block: torch.Tensor) -> torch.Tensor:
+        out = plain[0](self, block)
+        numbers.append(out.numel())
+        return out
+
+    def own_sum(self: Group, blocks: torch.Tensor) -> torch.Tensor:
+        numbers.append(blocks.numel())
+        return plain[1](self, blocks)
+
+    Group.joined, Group.own_sum = joined, own_sum  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Group.joined, Group.own_sum = plain  # type: ignore[method-assign]

@@ -46,3 +46,66 @@ def test_windows_are_those_of_one_process(size: int) -> None:
             assert torch.equal(other[name], found[0][name]), name
     # pushing a row: m numbers; solving for it: none; two columns: 2 m, and 2 where rows are rounded
     assert found[0]["sent"].tolist() == [4, 8, 4, 8, 2, 4, 8, 2]
+
+
+def test_no_rank_holds_a_whole_vector_and_the_model_is_left_as_found() -> None:
+    for found in on_ranks(WORK + "footprint", 2):
+        assert found["rows"] == found["own"] <= found["total"] / 2
+        assert found["longest"] == found["rows"]
+        assert found["gathered"] > 20
+        assert found["alive"] == 0
+        assert found["same"]
+        assert found["trains"]
+        sent = found["sent"]
+        assert sent["gradient"] <= 3, sent
+        assert sent["hessian"] <= 7, sent
+        assert sent["hessian of 4"] <= 5 + 2 * 4, sent
+        assert sent["ggn"] <= 8, sent
+
+
+REFUSED = {
+    "xtrace": "ValueError: method 'xtrace' needs whole vectors",
+    "xdiag": "use method='hutchinson'",
+    "blocks": "take means of space.gather(.value)",
+    "logdet": "ValueError: this function needs whole vectors",
+    "to_dense": "multiply by op @ space.scatter(v)",
+    "submatrix": "submatrix needs whole vectors",
+    "to_scipy": "this function needs whole vectors",
+    "preconditioner": "leave preconditioner= out",
+    "combined": "spread over processes differently with '+'",
+    "differentiable": "TypeError: products of <Hessian",
+    "gather": "expected this rank's rows",
+    "scatter": "expected a whole vector [53]",
+    "kfac": "curvlib.kfac needs them whole",
+    "mc": "the Monte-Carlo Fisher needs them whole",
+    "gradients": "this function needs them whole",
+    "jacobian": "this function needs them whole",
+    "mfac": "this function needs them whole",
+    "check": "load the parameters into a model without fully_shard",
+    "alone": "the parameters are sharded",
+    "group": "is spread over ranks [0, 1], and the risk's data over ranks [",
+    "parts": "has one part, of this process's",
+    "block_size": "leave block_size= out",
+    "window of a space": "make the window with curvlib.mfac_window",
+    "element": "inverse_submatrix needs whole vectors",
+    "window's file": "save each process's state_dict() to a file of its own",
+    "replicated": "has the placement R; Shard(dim) over all ranks is expected",
+    "two dimensions": "lies on a mesh of 2 dimensions (2, 1)",
+    "some whole": "is whole on every rank beside sharded ones; leave it out with params=",
+    "buffer": "the buffer 'scale' of '' is a DTensor",
+    "tensor parallel": "is tensor-parallel (parallelize_module)",
+    "replaced": "RuntimeError: parameter '3.bias' was replaced",
+    "once": "where products J v need a second derivative",
+    "not finite": "FloatingPointError: the sum over the ranks' batches is not finite",
+    "broken data": "OSError: the disk is gone",
+}
+
+
+def test_what_is_not_followed_is_refused_on_all_ranks() -> None:
+    plain = {"differentiable", "gather", "scatter", "replaced", "once", "not finite", "broken data"}
+    for found in on_ranks(WORK + "refusals", 2):
+        assert found.keys() == REFUSED.keys()
+        for name, text in REFUSED.items():
+            assert text in found[name], (name, found[name])
+            told = ("a sharding that curvlib cannot follow", "spread over processes differently")
+            assert name in plain or any(t in found[name] for t in told), (name, found[name])
