@@ -13,7 +13,7 @@ are accepted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -334,6 +334,10 @@ class LinearOperator:
         identity = self._identity() if callable(self._identity) else self._identity
         text = f"{self.name}|{self.shape}|{self.dtype}|{identity}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def digest(self, columns: Sequence[Tensor]) -> str:
+        """:func:`digest` of blocks ``[n, K]`` that the operator could multiply, whole."""
+        return digest(columns) if self.spread is None else self.spread.digest(columns)
 
     def __repr__(self) -> str:
         kind = "psd " if self.psd else "symmetric " if self.symmetric else ""

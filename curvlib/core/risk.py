@@ -48,6 +48,7 @@ from curvlib.core.group import Group, GroupChoice, group_of
 from curvlib.core.joined import Shard, joined, problem_digest, require_device
 from curvlib.core.loss import Loss, read_loss
 from curvlib.core.space import ParamSelection, ParamSpace, clean_name, select
+from curvlib.core.spread import gathered
 
 if TYPE_CHECKING:
     from curvlib.core.check import Report
@@ -540,7 +541,7 @@ class Risk:
             return param
         if place.group is None:
             return place.leaf.detach()
-        return sharded.gathered(place.leaf.detach(), place.slices, place.group)
+        return gathered(place.leaf.detach(), place.slices, place.group)
 
     def _leaf(self, param: Tensor) -> Tensor:
         place = self.places.get(id(param))

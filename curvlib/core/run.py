@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from curvlib.core import spread_files
 from curvlib.core.files import (
     read_record,
     remove_leftovers,
@@ -85,7 +86,9 @@ def run(
         progress: Whether to show a bar, or a function to call instead: see :data:`Progress`.
         group: The processes that make the same steps together, all with the same state. The first
             one shows progress, reads and writes; a Ctrl-C on one stops all after the same step.
-        spread: How vectors of the state lie over processes, where they are not whole.
+        spread: How vectors of the state lie over processes, where they are not whole. Each
+            process then saves its own: see :mod:`curvlib.core.spread_files`; an error saves
+            nothing, as it may be that of one process.
 
     Returns:
         The last state.
@@ -113,15 +116,9 @@ def run(
     saver = None
     state = None
     if checkpoint is not None:
-        if spread is not None:
-            raise ValueError(
-                "checkpoint= saves whole vectors, and those of this run are spread over "
-                f"{spread.group.size} processes (a sharding that curvlib cannot follow here); "
-                "leave checkpoint= out"
-            )
         identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
         with _together(group, "opening its checkpoint"):
-            saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group))
+            saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group), spread)
         state = saver.load(state_type, device, group)
     if state is None:
         state = init()
@@ -132,16 +129,17 @@ def run(
             try:
                 state = step(state)
             except Exception:
-                if saver is not None:
+                if saver is not None and spread is None:  # which takes all processes
                     saver.save(state)
                 raise
             bar.update(report(state))
             if saver is not None:
                 saver.changed = True
-                stopped = interrupts.count
+                stopped, due = interrupts.count, saver.due()
                 if group is not None:
-                    stopped = int(group.most([float(stopped)])[0])
-                if stopped or saver.due():
+                    together = group.most([float(stopped), float(due)])
+                    stopped, due = int(together[0]), bool(together[1])
+                if stopped or due:
                     saver.save(state)
                 if stopped:
                     raise KeyboardInterrupt(
@@ -164,7 +162,14 @@ def _together(group: Group | None, what: str) -> AbstractContextManager[None]:
 class _Saver:
     """Where, when and under what identity a run's state is saved."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], every: float, writes: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        every: float,
+        writes: bool,
+        spread: Spread | None,
+    ) -> None:
         if not every >= 0:
             raise ValueError(f"save_every= is a number of seconds, at least 0, got {every}")
         if writes:
@@ -174,6 +179,7 @@ class _Saver:
         self.identity = identity
         self.every = every
         self.writes = writes
+        self.spread = spread
         self.changed = False
         self._last = time.monotonic()
         self._cost = 0.0
@@ -219,29 +225,63 @@ class _Saver:
             raise ValueError(
                 f"{where} was written by another version of curvlib; finish it there, or {way_out}"
             )
-        return state_type(**content["state"])
+        return state_type(**self._rows(content, state_type, device))
+
+    def _rows(
+        self, content: dict[str, Any], state_type: type[S], device: torch.device | str
+    ) -> dict[str, Any]:
+        """The fields of a saved state, with the rows of vectors that this process needs."""
+        state: dict[str, Any] = content["state"]
+        if "rows" in content:
+            found = spread_files.read_rows(self.path, content["rows"], self.spread, device)
+            return spread_files.put_together(state, found)
+        if self.spread is None:
+            return state
+        small, rows = spread_files.taken_apart(state_type(**state))
+        own = {name: spread_files.scattered(t, self.spread) for name, t in rows.items()}
+        return spread_files.put_together(small, own)
 
     def due(self) -> bool:
         waited = time.monotonic() - self._last
         return self.every == 0 or waited >= max(self.every, self._cost / SAVE_SHARE)
 
     def save(self, state: Any) -> None:
-        if not self.changed or not self.writes:
+        if not self.changed or not (self.writes or self.spread is not None):
             return
         start = time.monotonic()
-        content = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         try:
-            write_record(self.path, "checkpoint", {"identity": self.identity, "state": content})
+            if self.spread is None:
+                content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+                self._write({"state": content})
+            else:
+                self._save_spread(state, self.spread)
             self.changed = False
         except OSError as error:
-            warnings.warn(
-                f"could not save the checkpoint {str(self.path)!r}: {error}. The run goes on, "
-                "and tries again later",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._warn(error)
         self._last = time.monotonic()
         self._cost = self._last - start
+
+    def _save_spread(self, state: Any, spread: Spread) -> None:
+        small, rows = spread_files.taken_apart(state)
+        try:
+            layout = spread_files.write_rows(self.path, rows, spread)
+            with spread.group.together("saving its checkpoint"):
+                if self.writes:
+                    self._write({"state": small, "rows": layout})
+                    spread_files.remove_others(self.path, layout["files"])
+        except RuntimeError as error:  # another process could not write
+            raise OSError(str(error)) from error
+
+    def _write(self, content: dict[str, Any]) -> None:
+        write_record(self.path, "checkpoint", {"identity": self.identity, **content})
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(
+            f"could not save the checkpoint {str(self.path)!r}: {error}. The run goes on, "
+            "and tries again later",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 class _Interrupts:

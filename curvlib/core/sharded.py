@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from curvlib.core.group import Group
-from curvlib.core.spread import Slices, Spread
+from curvlib.core.spread import Slices, Spread, gathered, own_sum
 
 #: What begins an error about a sharding that is not supported.
 UNFOLLOWED = "a sharding that curvlib cannot follow"
@@ -190,31 +190,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         return _Gather.apply(cotangent, ctx.slices, ctx.group), None, None  # type: ignore[no-untyped-call]
-
-
-def gathered(own: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
-    """A whole tensor from each rank's slice; ``columns`` axes more lead."""
-    axis, length = slices.dim + columns, slices.shape[slices.dim]
-    chunk = -(-length // group.size)
-    front = own.movedim(axis, 0)
-    if front.shape[0] != chunk:
-        padded = front.new_zeros((chunk, *front.shape[1:]))
-        padded[: front.shape[0]] = front
-        front = padded
-    return group.joined(front)[:length].movedim(0, axis).contiguous()
-
-
-def own_sum(whole: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
-    """This rank's slice of the sum over ranks of whole tensors."""
-    axis, length = slices.dim + columns, slices.shape[slices.dim]
-    chunk = -(-length // group.size)
-    front = whole.movedim(axis, 0)
-    if length != chunk * group.size:
-        padded = front.new_zeros((chunk * group.size, *front.shape[1:]))
-        padded[:length] = front
-        front = padded
-    first, last = slices.bounds(group.rank, group.size)
-    return group.own_sum(front)[: last - first].movedim(0, axis).contiguous()
 
 
 def _columns(tensor: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:

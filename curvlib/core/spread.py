@@ -21,8 +21,9 @@ the whole stream, a chunk at a time, and keeps its rows.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,17 +135,28 @@ class Spread:
                 f"expected this rank's rows, [{self.length}] or [{self.length}, K], of vectors of "
                 f"length {self.size}, got {list(rows.shape)}"
             )
-        every = self.group.rows(rows.detach())
-        ranks = range(self.group.size)
-        cut = [
-            torch.split(part, [math.prod(s) for s in self.shapes(rank)])
-            for rank, part in zip(ranks, every, strict=True)
-        ]
-        tail, whole = rows.shape[1:], []
-        for index, part in enumerate(self.slices):
-            pieces = [cut[r][index].reshape(*self.shapes(r)[index], *tail) for r in ranks]
-            whole.append(torch.cat(pieces, part.dim).reshape(part.size, *tail))
-        return torch.cat(whole)
+        return torch.cat(list(self.parameters(rows)))
+
+    def parameters(self, rows: Tensor) -> Iterator[Tensor]:
+        """The whole block ``[P, K]`` or vector, one parameter after the other: ``[n, K]`` each."""
+        tail = rows.shape[1:]
+        own = rows.detach().split([math.prod(shape) for shape in self.shapes()])
+        for piece, part, shape in zip(own, self.slices, self.shapes(), strict=True):
+            whole = gathered(piece.reshape(*shape, *tail), part, self.group)
+            yield whole.reshape(part.size, *tail)
+
+    def digest(self, rows: Sequence[Tensor]) -> str:
+        """What :func:`curvlib.core.operator.digest` says of whole vectors, given rows of them.
+
+        Args:
+            rows: Blocks ``[length, K]``.
+        """
+        sha = hashlib.sha256()
+        for tensor in rows:
+            sha.update(f"{(self.size, *tensor.shape[1:])}{tensor.dtype}".encode())
+            for whole in self.parameters(tensor):
+                sha.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()[:16]
 
     def scatter(self, whole: Tensor) -> Tensor:
         """This rank's rows of a vector ``[P]`` or block ``[P, K]``: the converse of :meth:`gather`.
@@ -201,3 +213,28 @@ class Spread:
                 place = place // inner % part.shape[part.dim]
                 yield chunk[low - start : high - start][(place >= first) & (place < last)]
             offset += part.size
+
+
+def gathered(own: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
+    """A whole tensor from each rank's slice; ``columns`` axes more lead."""
+    axis, length = slices.dim + columns, slices.shape[slices.dim]
+    chunk = -(-length // group.size)
+    front = own.movedim(axis, 0)
+    if front.shape[0] != chunk:
+        padded = front.new_zeros((chunk, *front.shape[1:]))
+        padded[: front.shape[0]] = front
+        front = padded
+    return group.joined(front)[:length].movedim(0, axis).contiguous()
+
+
+def own_sum(whole: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
+    """This rank's slice of the sum over ranks of whole tensors."""
+    axis, length = slices.dim + columns, slices.shape[slices.dim]
+    chunk = -(-length // group.size)
+    front = whole.movedim(axis, 0)
+    if length != chunk * group.size:
+        padded = front.new_zeros((chunk * group.size, *front.shape[1:]))
+        padded[:length] = front
+        front = padded
+    first, last = slices.bounds(group.rank, group.size)
+    return group.own_sum(front)[: last - first].movedim(0, axis).contiguous()

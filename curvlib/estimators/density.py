@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.run import Progress, run
 from curvlib.estimators import quadrature, smoothing
@@ -288,7 +288,7 @@ def density(
         report=lambda state: (state.step, length, ""),
         title=f"density of {op.name}",
         checkpoint=checkpoint,
-        problem=lambda: op.fingerprint() + ("" if removed is None else digest([removed])),
+        problem=lambda: op.fingerprint() + ("" if removed is None else op.digest([removed.mT])),
         settings=settings,
         device=op.device,
         save_every=save_every,

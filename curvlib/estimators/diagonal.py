@@ -295,7 +295,7 @@ def _hutchinson(setup: Plan, groups: Blocks) -> DiagonalEstimate:
         ),
         report=lambda state: (state.count, setup.limit, ""),
         title="diagonal (hutchinson)",
-        settings=setup.settings,
+        settings=setup.settings | ({} if setup.op.spread is None else {"blocks": "none"}),
         problem=lambda: _problem(setup, groups),
     )
     value, stderr = statistics(last)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import LinearOperator, as_operator, digest
+from curvlib.core.operator import LinearOperator, as_operator
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.run import Progress, Report, run
 from curvlib.estimators import krylov_state, thick_restart
@@ -239,7 +239,7 @@ def eigenpairs(
         "device": op.device.type,
     }
     random = generator_of(generator, seed, op.device)
-    given = [t for t in (first, removed) if t is not None]
+    given = [t for t in (first, None if removed is None else removed.mT) if t is not None]
     state = run(
         lambda: krylov_state.first_state(plan, rows, first, random),
         lambda state: thick_restart.next_state(plan, state),
@@ -248,7 +248,7 @@ def eigenpairs(
         report=lambda state: _report(plan, state),
         title=f"eigenpairs of {op.name}",
         checkpoint=checkpoint,
-        problem=lambda: f"{op.fingerprint()} {digest(given)}",
+        problem=lambda: f"{op.fingerprint()} {op.digest(given)}",
         settings=settings,
         device=op.device,
         save_every=save_every,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class KrylovState:
         verified: How many residuals are measured.
         generator: State of the random generator.
     """
+
+    SPREAD: ClassVar = ("rows",)
 
     rows: Tensor
     T: Tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class QuadratureState:
         scale: Unit of alphas and betas, a power of two; 0 until a product has been nonzero.
         products: Columns multiplied.
     """
+
+    SPREAD: ClassVar = ("basis",)
 
     basis: Tensor
     alphas: Tensor

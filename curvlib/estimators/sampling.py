@@ -14,6 +14,7 @@ for Rademacher probes and three for others, however many probes there are.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class SamplingState:
         spreads: Likewise.
         generator: State of the random generator.
     """
+
+    SPREAD: ClassVar = ("diagonal", "residual", "weight")
 
     traces: Tensor
     squares: Tensor | None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, Report, run
 from curvlib.core.structured import damped_solve
@@ -194,7 +194,7 @@ def solve(
         report=lambda state: _report(problem, state),
         title=f"solve with {op.name}",
         checkpoint=checkpoint,
-        problem=lambda: f"{op.fingerprint()} {digest(inputs)} {own()}",
+        problem=lambda: f"{op.fingerprint()} {op.digest(inputs)} {own()}",
         settings=settings,
         device=op.device,
         save_every=save_every,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class SolveState:
         since: Iterations since the last measurement.
         products: Columns multiplied.
     """
+
+    SPREAD: ClassVar = ("x", "work")
 
     x: Tensor
     work: dict[str, Tensor]

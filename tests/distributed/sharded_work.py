@@ -429,3 +429,58 @@ def _sent(numbers: list[int]) -> Iterator[None]:
         yield
     finally:
         Group.joined, Group.own_sum = plain  # type: ignore[method-assign]
+
+
+def resumed(rank: int, size: int, folder: str, stop: int, diagonal: bool = False) -> dict[str, Any]:
+    """Estimates with checkpoints, of which each stops after some products, if any."""
+    model = net() if size == 1 else sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    whole, total = risk.space.gather, risk.space.total
+    b = columns(risk, 1)[:, 0]  # the same bits on any number of ranks
+    deflate = risk.space.scatter(torch.full((total, 1), total**-0.5, dtype=F64))
+    calls: dict[str, Callable[[Any, str], Any]] = {
+        "pairs": lambda H, p: cl.eigenpairs(
+            H, 2, deflate=deflate, checkpoint=p, save_every=0, basis=9
+        ),
+        "density": lambda H, p: cl.density(H, steps=5, probes=2, checkpoint=p, save_every=0),
+        "diagonal": lambda H, p: cl.diagonal(
+            H, law="gaussian", method="hutchinson", probes=5, block=1, checkpoint=p, save_every=0
+        ),
+        "solution": lambda H, p: cl.solve(
+            H, b, damping=0.5, tolerance=1e-8, checkpoint=p, save_every=0
+        ),
+    }
+    found: dict[str, Any] = {}
+    if not diagonal:
+        del calls["diagonal"]
+    for name, call in calls.items():
+        H = cl.hessian(risk)
+        if stop:
+            H._product = _stopping(H._product, stop)
+        with suppress(InterruptedError), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            found[name] = call(H, f"{folder}/{name}")
+    if stop:
+        return found
+    out = {
+        "values": found["pairs"].values,
+        "density": found["density"].nodes,
+        "solution": whole(found["solution"].value),
+    }
+    if diagonal:
+        entries = found["diagonal"]
+        out |= {"diagonal": whole(entries.value), "error": whole(entries.stderr)}
+    return out
+
+
+def _stopping(product: Any, after: int) -> Any:
+    left = [after]
+
+    def stopped(block: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise InterruptedError
+        out: torch.Tensor = product(block)
+        return out
+
+    return stopped

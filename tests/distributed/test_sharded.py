@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -109,3 +111,32 @@ def test_what_is_not_followed_is_refused_on_all_ranks() -> None:
             assert text in found[name], (name, found[name])
             told = ("a sharding that curvlib cannot follow", "spread over processes differently")
             assert name in plain or any(t in found[name] for t in told), (name, found[name])
+
+
+def test_runs_go_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("whole", "two", "three", "one")}
+    for folder in folders.values():
+        folder.mkdir()
+    expected = work.resumed(0, 1, str(folders["whole"]), 0, True)
+    resumed = WORK + "resumed"
+    assert on_ranks(resumed, 2, str(folders["two"]), 3, True) == [{}, {}]
+    files = [p.name for p in folders["two"].iterdir() if p.name.startswith("pairs")]
+    assert len(files) == 3, files  # older rows are removed
+    work.resumed(0, 1, str(folders["one"]), 3)
+    on_ranks(resumed, 3, str(folders["three"]), 2)
+    answers = {
+        "2 to 3": on_ranks(resumed, 3, str(folders["two"]), 0, True)[0],
+        "3 to 1": work.resumed(0, 1, str(folders["three"]), 0),
+        "1 to 2": on_ranks(resumed, 2, str(folders["one"]), 0)[0],
+        "again": on_ranks(resumed, 2, str(folders["two"]), 0)[1],
+    }
+    for which, found in answers.items():
+        for name, value in found.items():
+            assert error(value, expected[name]) < 1e-6, (which, name)
+    assert answers["2 to 3"].keys() == expected.keys()
+    with pytest.raises(ValueError, match="with other settings: blocks was 'none'"):
+        work.resumed(0, 1, str(folders["two"]), 0, True)  # which keeps means over blocks too
+    rows = next(p for p in folders["one"].iterdir() if p.name.startswith("pairs."))
+    rows.unlink()
+    with pytest.raises(ValueError, match="absent or damaged.*all processes have to see one folder"):
+        work.resumed(0, 1, str(folders["one"]), 0)
