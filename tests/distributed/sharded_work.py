@@ -38,6 +38,16 @@ def sharded_net() -> nn.Module:
     return model
 
 
+def cut_net() -> nn.Module:
+    """A model whose parameters are cut along their last axes, without FSDP."""
+    model = net()
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            cut = distribute_tensor(p.detach(), mesh(), [Shard(p.ndim - 1)])
+            module.register_parameter(name, nn.Parameter(cut))
+    return model
+
+
 def the_risk(rank: int, size: int, loss: Any = None, params: Any = None) -> cl.Risk:
     model = net() if size == 1 else sharded_net()
     return cl.Risk(model, loss or nn.CrossEntropyLoss(), uneven(rank, size), params=params)
@@ -54,7 +64,9 @@ def products(rank: int, size: int) -> dict[str, torch.Tensor]:
     total = the_risk(rank, size, nn.CrossEntropyLoss(reduction="sum"))
     some = the_risk(rank, size, params=["0.*", "3.bias"])
     H = cl.hessian(risk)
+    cut = risk if size == 1 else cl.Risk(cut_net(), nn.CrossEntropyLoss(), uneven(rank, size))
     return {
+        "cut": cut.space.gather(cl.hessian(cut) @ columns(cut)),
         "value": risk.value(),
         "gradient": whole(risk.gradient()),
         "weight": torch.tensor(risk.weight()),
