@@ -163,6 +163,7 @@ class Influence:
         fit: Mapping[str, Any] | None,
         progress: Progress,
     ) -> None:
+        risk.require_whole("influence")
         require_unit(unit, curvature)
         self.risk, self.preconditioner = preconditioner(
             risk, curvature, damping, relative=relative, fit=fit or {}, progress=progress

@@ -114,6 +114,7 @@ def refined(
     """
     if not isinstance(risk, Risk):
         raise TypeError(f"refined takes a Risk, got {type(risk).__name__}")
+    risk.require_whole("refined")
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance= is between 0 and 1, got {tolerance}")
     if iterations < 1:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.sharded import UNFOLLOWED, is_sharded
+
 
 def listed_group(group: Any) -> Any:
     """A parameter group whose members are a list, which can be read twice; others as they are."""
@@ -27,7 +29,7 @@ def require_parameters(members: list[Any], known: set[int]) -> None:
 
     Raises:
         TypeError: If one is an integer or complex tensor.
-        ValueError: If one is there twice.
+        ValueError: If one is there twice, or sharded.
     """
     for i, member in enumerate(members):
         p = member[1] if isinstance(member, tuple) else member
@@ -37,6 +39,12 @@ def require_parameters(members: list[Any], known: set[int]) -> None:
             raise TypeError(
                 f"parameters are real floating-point tensors, but parameter {i} of the group is "
                 f"{p.dtype}; leave it out, or split it into real and imaginary parts"
+            )
+        if is_sharded(p):
+            raise ValueError(
+                f"{UNFOLLOWED}: parameter {i} of the group is a DTensor, and curvature of live "
+                "losses needs it whole; wrap the model in DistributedDataParallel, or step by a "
+                "window of sharded rows: curvlib.mfac_window(risk.space, size)"
             )
         if id(p) in known:
             raise ValueError(

@@ -127,6 +127,7 @@ class NewtonCG(torch.optim.Optimizer):
             raise TypeError(
                 f"NewtonCG takes a curvlib.Risk (model, loss and data), got {type(risk).__name__}"
             )
+        risk.require_whole("NewtonCG")
         for name, function in (("operator", operator), ("preconditioner", preconditioner)):
             if not callable(function) and (name == "operator" or function is not None):
                 raise TypeError(

@@ -24,6 +24,7 @@ def on_model(risk: Risk, model: nn.Module) -> Risk:
             f"expected a curvlib.Risk after the model, got {type(risk).__name__}; make one: "
             "curvlib.Risk(model, loss, data)"
         )
+    risk.require_whole("pruning")
     return risk.of(unwrapped(model))
 
 

@@ -28,6 +28,7 @@ def require_risk(risk: Any) -> int:
     """
     if not isinstance(risk, Risk):
         raise TypeError(f"expected a curvlib.Risk, got {type(risk).__name__}")
+    risk.require_whole("this measurement")
     if risk.loss.reduction == "sum":
         raise ValueError(
             "mini-batches of a loss with reduction='sum' are not on the scale of the whole sum; "

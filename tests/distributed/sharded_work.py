@@ -21,8 +21,12 @@ from torch.utils._pytree import tree_leaves
 import curvlib as cl
 from curvlib.core import spread
 from curvlib.core.group import Group
+from curvlib.influence.influence import Influence
+from curvlib.influence.refined import refined
 from curvlib.operators.mfac_operator import MFAC
 from curvlib.operators.window import Window
+from curvlib.optim import AdaHessian, NewtonCG
+from curvlib.rates.batch_sharpness import batch_sharpness
 from tests.distributed.work import F64, batches, net, uneven
 
 
@@ -281,6 +285,12 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "window of a space": lambda: MFAC(Window(risk.space.size, 2), space=risk.space),
         "element": lambda: window.inverse_element(0, 1),
         "window's file": lambda: window.window.save("window.safetensors"),
+        "newton": lambda: NewtonCG(risk),
+        "optimizer": lambda: AdaHessian(model.parameters()),
+        "prune": lambda: cl.prune(model, risk, 0.5),
+        "rates": lambda: batch_sharpness(risk, 1),
+        "influence": lambda: Influence.of(risk),
+        "refined": lambda: refined(risk),
         "replicated": lambda: placed(Replicate()),
         "two dimensions": lambda: placed(Shard(0), Replicate(), mesh_shape=(2, 1)),
         "some whole": lambda: placed(Shard(0)),
