@@ -110,6 +110,10 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
         traces = fused[0]
     else:
         traces = dots(W, Y) if square and not summed else cells.sums.sum(1)
+    norms = None
+    if state.squares is not None:
+        norms = dots(Y, Y) if fused is None else fused[1]
+    traces, *more = torch.stack([traces] if norms is None else [traces, norms]).cpu()
     require_finite(plan.op, Y, traces, state.count)
     moments = Moments(state.count, state.means, state.spreads)
     layers = state.layers
@@ -124,11 +128,10 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
                 moments = moments.with_probe(x, d)
     squares = state.squares
     if squares is not None:
-        norms = dots(Y, Y) if fused is None else fused[1]
-        squares = torch.cat([squares, norms.cpu()])
+        squares = torch.cat([squares, *more])
     return replace(
         state,
-        traces=torch.cat([state.traces, traces.cpu()]),
+        traces=torch.cat([state.traces, traces]),
         squares=squares,
         layers=layers,
         means=moments.means,
