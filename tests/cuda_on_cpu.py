@@ -59,7 +59,17 @@ def _library(source: Path) -> ctypes.CDLL:
     shim = Path(__file__).with_suffix(".h")
     whole.write_text(f'#include "{shim}"\n#include "{source}"\n')
     built = folder / "kernels.so"
-    command = [str(GXX), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(whole), "-o", str(built)]
+    command = [
+        str(GXX),
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-w",
+        str(whole),
+        "-o",
+        str(built),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     library = ctypes.CDLL(str(built))
     shutil.rmtree(folder)

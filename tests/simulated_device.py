@@ -42,8 +42,10 @@ DIRECT = {
 }
 
 #: Operators for which a GPU's host has to know numbers.
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_linalg_check_errors", "equal",
-         "_unique2", "unique_dim", "repeat_interleave", "bincount", "_linalg_eigh", "_linalg_svd"}  # fmt: skip
+WAITS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave",
+    "_unique2", "unique_dim", "_linalg_check_errors", "_linalg_eigh", "_linalg_svd",
+}  # fmt: skip
 
 
 class OnDevice(Tensor):
@@ -96,6 +98,10 @@ def _held(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
 
 
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
 _modes: list[SimulatedDevice] = []
 
 
@@ -110,9 +116,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         place = kwargs.get("device")
-        made = func is torch.tensor or (
-            func is torch.as_tensor and not isinstance(args[0], Tensor)
-        )
+        made = func is torch.tensor or (func is torch.as_tensor and not isinstance(args[0], Tensor))
         if made and place is not None and torch.device(place).type == DEVICE.type:
             _active().note("to the device")
             return OnDevice(func(*args, **{**kwargs, "device": "cpu"}))
@@ -155,7 +159,7 @@ class SimulatedDevice(TorchDispatchMode):
                 continue
             if isinstance(i, list) or not isinstance(i, OnDevice):
                 self.note("index from the host")
-            elif i.dtype in (torch.bool, torch.uint8):
+            elif _is_mask(i):
                 self.note("index by a mask")
             elif i.ndim == 0:
                 self.note("index by a number")
@@ -192,9 +196,8 @@ class SimulatedDevice(TorchDispatchMode):
         to_device = target.type == DEVICE.type if target is not None else bool(ours)
         if name in WAITS and ours:
             self.note(name)
-        if name in ("index", "index_put_") and ours:
-            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-                self.note("index by a mask")
+        if name in ("index", "index_put_") and ours and any(map(_is_mask, args[1])):
+            self.note("index by a mask")
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
             into = isinstance(args[0], OnDevice) if name == "copy_" else to_device

@@ -140,9 +140,7 @@ def test_an_iteration_of_a_solver_waits_once(
 @pytest.mark.parametrize(
     ("wanted", "expected"), [({}, 1), ({"squares": True}, 1), ({"diagonal": True}, 2)]
 )
-def test_a_block_of_probes_waits_once(
-    place: Place, wanted: dict[str, bool], expected: int
-) -> None:
+def test_a_block_of_probes_waits_once(place: Place, wanted: dict[str, bool], expected: int) -> None:
     plan = stopping.plan(
         _operator(place), law="rademacher", limit=100, block=4, tolerance=None, generator=None,
         seed=1, checkpoint=None, save_every=30.0, progress=None,
@@ -193,7 +191,7 @@ def test_a_solve_waits_for_its_factor_and_its_accuracy(place: Place) -> None:
         window.push(row, check=False)
     assert place.waits(lambda: F.solve(x)) == 2
     assert place.waits(lambda: F.solve(x)) == 1
-    assert place.waits(lambda: F.solve_row()) == 1
+    assert place.waits(F.solve_row) == 1
     assert place.waits(lambda: F @ x) == 0
 
 

@@ -156,7 +156,7 @@ class _Handle:
     def __init__(self, pointer: int) -> None:
         self.pointer = pointer
 
-    def __cuda_stream__(self) -> tuple[int, int]:  # noqa: PLW3201 (the protocol's name)
+    def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.pointer
 
 

@@ -4,8 +4,8 @@ The bits at a place are a function of the key and the place alone. So they can b
 they are needed, on any device, and need not be kept. A key of 64 bits and a counter of 128 bits
 (of which 64 are used) make four words of 32 bits.
 
-J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, *Parallel random numbers: as easy as 1, 2, 3*,
-SC 2011: Philox4x32 with ten rounds.
+J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, *Parallel random numbers: as easy as 1, 2,
+3*, SC 2011: Philox4x32 with ten rounds.
 """
 
 from __future__ import annotations

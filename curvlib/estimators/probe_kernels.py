@@ -63,9 +63,7 @@ class ProbeKernels:
         """Overwrites rows ``[K, n]`` with the probes of keys ``[K]``."""
         count, columns = rows.shape
         grid = (-(-columns // FILLED), count)
-        self.kernels.launch(
-            f"fill_{_NAMES[rows.dtype]}", grid, rows, rows.stride(0), columns, keys
-        )
+        self.kernels.launch(f"fill_{_NAMES[rows.dtype]}", grid, rows, rows.stride(0), columns, keys)
 
     def read(
         self,

@@ -10,7 +10,6 @@ changes nothing, so that a step over several windows can be given up as long as 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -282,9 +282,7 @@ def test_kernels_are_launched_on_torchs_stream(
     assert streams.log[0] == "external 7 waits for cupy"
 
 
-def test_no_kernels_where_cupy_cannot_be_used(
-    cupy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_kernels_where_cupy_cannot_be_used(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cupy_arrays.cupy_for(DEVICE) is cupy
     assert cupy_arrays.cupy_for(torch.device("cpu")) is None
     cupy.cuda.runtime.runtimeGetVersion = lambda: 12090

@@ -67,6 +67,7 @@ MEASURES: dict[str, Callable[[cl.Risk], Tensor]] = {
     "influence": _self_scores,
 }
 
+
 def _distance(found: Tensor, expected: Tensor) -> float:
     miss = torch.linalg.vector_norm(found.double() - expected.double())
     return float(miss / torch.linalg.vector_norm(expected.double()))
@@ -95,9 +96,7 @@ def test_bfloat16_models_have_float32_vectors(name: str) -> None:
 
 @each
 @pytest.mark.parametrize("dtype", [F64, BF16])
-def test_reentrant_checkpointing_is_refused_with_the_way_out(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_reentrant_checkpointing_is_refused_with_the_way_out(name: str, dtype: torch.dtype) -> None:
     risk = _risk(True, dtype)
     before = copy.deepcopy(risk.model.state_dict())
     with warnings.catch_warnings():

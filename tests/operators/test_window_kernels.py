@@ -109,7 +109,9 @@ def test_windows_are_the_same_with_kernels(dtype: torch.dtype) -> None:
     assert launched == ["push_" + str(dtype).removeprefix("torch.")] * 14
     assert torch.equal(plain.rows(), fused.rows())
     for k, part in enumerate(fused.rows().to(F64).split([2000, 3003], 1)):
-        assert ((fused.gram()[k] - part @ part.mT).abs() <= 2 * _bound(part, part[0])[:, None]).all()
+        assert (
+            (fused.gram()[k] - part @ part.mT).abs() <= 2 * _bound(part, part[0])[:, None]
+        ).all()
     assert torch.equal(fused.gram(), fused.gram().mT)
     assert fused.rounded
     x = _rows(1, 5003, F32, seed=5)[0]
@@ -145,7 +147,9 @@ def test_no_kernels_without_a_gpu() -> None:
 
 
 def test_kernels_that_cannot_be_are_refused() -> None:
-    message = r"fused=True is for float32 or bfloat16 rows on a CUDA device, got float32 rows on cpu"
+    message = (
+        r"fused=True is for float32 or bfloat16 rows on a CUDA device, got float32 rows on cpu"
+    )
     with pytest.raises(ValueError, match=message):
         Window(10, 2, fused=True)
     with pytest.raises(ValueError, match=r"got rows in host memory; leave it out"):
