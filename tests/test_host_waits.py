@@ -216,3 +216,23 @@ def test_a_step_of_mfac(place: Place, settings: dict[str, Any], expected: int) -
             p.grad = place.moved(torch.randn(shape))
         found = place.waits(opt.step)
         assert step == 0 or found == expected
+
+
+@pytest.mark.parametrize("name", ["AdaHessian", "Sophia"])
+def test_a_step_with_curvature_waits_for_gradients_and_for_curvature(
+    place: Place, name: str
+) -> None:
+    params = [nn.Parameter(place.moved(torch.ones(4, 3))), nn.Parameter(place.moved(torch.ones(3)))]
+    settings = {"AdaHessian": {}, "Sophia": {"estimator": "hutchinson", "interval": 2}}[name]
+    opt = getattr(cl.optim, name)(params, **settings)
+    for step in range(4):
+        for i, p in enumerate(params):
+            p.grad = place.moved(torch.ones(p.shape))
+            if opt.due:  # as if a loss had been observed
+                key = f"{i}" if name == "Sophia" else f"{i}.0"
+                opt.pending[key] = place.moved(torch.ones(p.shape))
+        expected = 2 if opt.due else 1
+        assert expected == (2 if name == "AdaHessian" or step % 2 == 0 else 1)
+        assert place.waits(opt.step) == expected
+    assert opt.skipped == 0
+    assert opt.clock.curvature_updates == (4 if name == "AdaHessian" else 2)

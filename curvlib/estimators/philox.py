@@ -41,17 +41,25 @@ def words(keys: Tensor, count: int) -> Tensor:
         >>> [hex(w % 2**32) for w in words(torch.tensor([0]), 1).flatten().tolist()]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    counters = torch.arange(count, device=keys.device).expand(len(keys), -1)
-    key = [(keys & _MASK)[:, None], (keys >> 32 & _MASK)[:, None]]
-    x = [counters & _MASK, counters >> 32, torch.zeros_like(counters), torch.zeros_like(counters)]
-    for _ in range(_ROUNDS):
-        # 32 x 32 bits fill the 64 of an int64: the high half is what an arithmetic shift leaves
-        first, second = x[0] * _MULTIPLIERS[0], x[2] * _MULTIPLIERS[1]
-        x = [
-            (second >> 32 & _MASK) ^ x[1] ^ key[0],
-            second & _MASK,
-            (first >> 32 & _MASK) ^ x[3] ^ key[1],
-            first & _MASK,
-        ]
-        key = [(k + step) & _MASK for k, step in zip(key, _INCREMENTS, strict=True)]
-    return torch.stack(x, 2).to(torch.int32)
+    zeros = torch.zeros((len(keys), count), dtype=torch.int64, device=keys.device)
+    counters = torch.arange(count, device=keys.device)
+    # Words 2 and 0, which are multiplied, and words 1 and 3; each with its key. A product of 32
+    # by 32 bits fills the 64 of an int64, of which the high half is left by a shift; bits above
+    # the lowest 32 are cleared before the next product.
+    factors = _pair(_MULTIPLIERS[1], _MULTIPLIERS[0], keys)
+    steps, own = _pair(*_INCREMENTS, keys), torch.stack([keys, keys >> 32], 1)[:, None]
+    mixed = torch.stack([zeros, counters + zeros & _MASK], 2)
+    others = torch.stack([counters + zeros >> 32, zeros], 2)
+    for turn in range(_ROUNDS):
+        product = mixed * factors
+        fresh = (product >> 32 ^ others ^ (own + turn * steps)) & _MASK
+        mixed, others = fresh.flip(2), product
+    out = torch.stack([mixed[:, :, 1], others[:, :, 0], mixed[:, :, 0], others[:, :, 1]], 2)
+    return out.to(torch.int32)
+
+
+def _pair(first: int, second: int, like: Tensor) -> Tensor:
+    """Two numbers on a device, without a copy from the host."""
+    out = torch.full((2,), first, dtype=torch.int64, device=like.device)
+    out[1:].fill_(second)
+    return out

@@ -1,8 +1,8 @@
 r"""Random probes: columns ``w`` with :math:`E[w w^\top] = I`, from explicit generators.
 
-Nothing here touches torch's global random state. On the CPU the signs of Rademacher probes are bits
-that the generator draws; elsewhere it draws a key for each probe, whose signs then follow by
-position (:mod:`curvlib.estimators.philox`), so that kernels can make them again.
+Nothing here touches torch's global random state. The signs of Rademacher probes are bits that the
+generator draws, or (:func:`fill_signs`) follow from a key by position, so that kernels can make
+them again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
-from curvlib.estimators.philox import BITS, draw_keys, words
+from curvlib.estimators.philox import BITS, words
 from curvlib.estimators.probe_kernels import ProbeKernels
 
 __all__ = ["LAWS", "fill_probes", "generator_of", "probes"]
@@ -64,14 +64,12 @@ def fill_probes(rows: Tensor, law: str, generator: torch.Generator) -> None:
     """Overwrites each row of ``[K, n]`` with a probe: see :func:`probes`."""
     if law not in LAWS:
         raise ValueError(f"unknown law of probes {law!r}; there are {', '.join(LAWS)}")
-    if law == "rademacher" and rows.device.type == "cpu":
+    if law == "rademacher":
+        words_of_row = (rows.shape[1] + 63) // 64
         for row in rows:
-            drawn = torch.empty((row.shape[0] + 63) // 64, dtype=torch.int64)
+            drawn = torch.empty(words_of_row, dtype=torch.int64, device=rows.device)
             drawn.random_(-(2**63), None, generator=generator)
             _write_signs(row, drawn)
-        return
-    if law == "rademacher":
-        fill_signs(rows, draw_keys(len(rows), generator), ProbeKernels.of(rows))
         return
     for row in rows:
         row.normal_(generator=generator)
@@ -99,8 +97,8 @@ def fill_signs(rows: Tensor, keys: Tensor, kernels: ProbeKernels | None = None) 
     if kernels is not None:
         kernels.fill(rows, keys)
         return
-    for row, key in zip(rows, keys, strict=True):  # one at a time: its bits are as long as half
-        _write_signs(row, words(key[None], -(-row.shape[0] // BITS)).flatten())
+    for row, bits in zip(rows, words(keys, -(-rows.shape[1] // BITS)), strict=True):
+        _write_signs(row, bits.flatten())
 
 
 def _write_signs(row: Tensor, bits: Tensor) -> None:

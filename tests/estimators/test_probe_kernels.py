@@ -11,7 +11,7 @@ from torch import Tensor
 
 import curvlib as cl
 from curvlib.core.operator import LinearOperator
-from curvlib.estimators import probes, sampling
+from curvlib.estimators import sampling, stopping
 from curvlib.estimators.philox import BITS, draw_keys, words
 from curvlib.estimators.probe_kernels import FILLED, SOURCE, TILE, ProbeKernels
 from curvlib.estimators.probes import fill_signs
@@ -184,12 +184,19 @@ def test_no_kernels_without_a_gpu() -> None:
 
 # -------------------------------------------------------------------------------- CUDA
 @pytest.mark.gpu
-def test_probes_on_a_gpu_are_by_position() -> None:
-    generator = torch.Generator(device="cuda").manual_seed(1)
-    state = generator.get_state()
-    W = probes.probes((10_001, 3), generator=generator).mT
+def test_probes_of_estimates_on_a_gpu_are_by_position() -> None:
+    A = torch.ones(10_001, device="cuda")
+    op = LinearOperator(lambda V: A[:, None] * V, (10_001,) * 2, dtype=F32, device="cuda", psd=True)
+    plan = stopping.plan(
+        op, law="rademacher", limit=9, block=4, tolerance=None, generator=None, seed=1,
+        checkpoint=None, save_every=30.0, progress=None,
+    )  # fmt: skip
+    state = plan.random.get_state()
+    W, following = plan.draw(state, 3)
+    generator = torch.Generator(device="cuda")
     generator.set_state(state)
     keys = draw_keys(3, generator)
+    assert torch.equal(following, generator.get_state())
     assert torch.equal(W.cpu(), _signs(keys.cpu(), 10_001, F32))
     plain = torch.empty_like(W)
     fill_signs(plain, keys)

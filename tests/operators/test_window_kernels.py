@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from curvlib.operators import row_products
 from curvlib.operators.mfac_operator import MFAC
 from curvlib.operators.window import Window
+from curvlib.operators.window_arguments import require_fused
 from curvlib.operators.window_kernels import SOURCE, TILE, WindowKernels
 from curvlib.operators.window_system import CHUNK_ERROR
 from tests.cuda_on_cpu import NVCC, Emulated, cubin, emulated, guarded, untouched
@@ -146,7 +148,7 @@ def test_no_kernels_without_a_gpu() -> None:
     assert window.fused is False
 
 
-def test_kernels_that_cannot_be_are_refused() -> None:
+def test_kernels_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = (
         r"fused=True is for float32 or bfloat16 rows on a CUDA device, got float32 rows on cpu"
     )
@@ -156,6 +158,9 @@ def test_kernels_that_cannot_be_are_refused() -> None:
         Window(10, 2, fused=True, storage="cpu")
     with pytest.raises(TypeError, match=r"fused= is True, False or None .*, got 'yes'"):
         Window(10, 2, fused="yes")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"pip install 'curvlib\[cupy\]'"):
+        require_fused(True, F32, torch.device("cuda", 0), None)
 
 
 # -------------------------------------------------------------------------------- CUDA
