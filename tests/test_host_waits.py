@@ -236,3 +236,26 @@ def test_a_step_with_curvature_waits_for_gradients_and_for_curvature(
         assert place.waits(opt.step) == expected
     assert opt.skipped == 0
     assert opt.clock.curvature_updates == (4 if name == "AdaHessian" else 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    # gradients finite; and KFAC's clipping, or whether what MKOR made is finite
+    [("AdaHessian", 1), ("Sophia", 1), ("KFAC", 2), ("MKOR", 2)],
+)
+def test_a_step_between_two_readings_of_curvature(name: str, expected: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).cuda()
+    settings: dict[str, Any] = {"factor_interval": 5} if name == "KFAC" else {"interval": 5}
+    given = model if name in ("KFAC", "MKOR") else model.parameters()
+    opt = getattr(cl.optim, name)(given, **settings)
+    x, y = torch.randn(20, 6, device="cuda"), torch.randint(3, (20,), device="cuda")
+    found = []
+    for _ in range(4):
+        opt.zero_grad()
+        opt.backward(nn.functional.cross_entropy(model(x), y))
+        with _cuda_waits() as counts:
+            opt.step()
+        found.append(counts["waits"])
+    assert found[1:] == [expected] * 3
+    assert opt.skipped == 0
