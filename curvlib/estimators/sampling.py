@@ -98,13 +98,14 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
     regressed = state.diagonal is not None and state.residual is not None
     pieced = square and (regressed or blocks is not None)
     Y = multiply(plan.op, W, state.count, check=pieced or not square)
-    fused = _fused(plan, state, Y) if square and blocks is None else None
-    if pieced and fused is None:
+    fused = _fused(plan, state, Y) if square else None
+    left = state if fused is None else replace(state, diagonal=None)
+    if pieced and (fused is None or blocks is not None):
         if state.weight is not None:
             own = groups.cells(len(W), W.device)
         width = 2**14 if W.device.type == "cpu" else 2**19
         for piece in groups.pieces(W.shape[1], width):
-            _read(state, piece, W[:, piece.span], Y[:, piece.span], cells, own)
+            _read(left, piece, W[:, piece.span], Y[:, piece.span], cells, own)
     summed = bool(cells.sums.shape[1])
     if fused is not None:
         traces = fused[0]

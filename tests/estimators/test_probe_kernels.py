@@ -146,14 +146,19 @@ def test_estimates_are_the_same_with_kernels(
     for choice in (None, kernels):
         monkeypatch.setattr(ProbeKernels, "of", lambda rows, choice=choice: choice)
         norm = cl.frobenius_norm(op, **{k: v for k, v in settings.items() if k != "method"})
-        found.append((cl.trace(op, **settings), cl.diagonal(op, **settings), norm))
+        parts = cl.diagonal(op, blocks={"a": slice(0, 99), "b": slice(50, 400)}, **settings)
+        found.append((cl.trace(op, **settings), cl.diagonal(op, **settings), norm, parts))
     launched = kernels.kernels.launched  # type: ignore[attr-defined]
-    assert launched.count("read_float64") >= 2 * -(-20 // probes_at_once)
+    assert launched.count("read_float64") >= 3 * -(-20 // probes_at_once)
     plain, fused = found
     assert torch.allclose(plain[0].samples, fused[0].samples, rtol=1e-12, atol=1e-10)
     assert torch.allclose(plain[1].value, fused[1].value, rtol=1e-12, atol=1e-12)
     assert torch.allclose(plain[1].stderr, fused[1].stderr, rtol=1e-10)
     assert plain[2].value == pytest.approx(fused[2].value, rel=1e-12)
+    assert torch.allclose(plain[3].value, fused[3].value, rtol=1e-12, atol=1e-12)
+    means = [parts.block_means("blocks") for parts in (plain[3], fused[3])]
+    assert torch.allclose(means[0].value, means[1].value, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(means[0].stderr, means[1].stderr, rtol=1e-10)
 
 
 @emulated
