@@ -2,14 +2,8 @@
 
 from curvlib import influence, optim, pruning, rates
 from curvlib.core.block_diagonal import BlockDiagonal
-from curvlib.core.interop import (
-    from_cupy,
-    from_dlpack,
-    from_scipy,
-    to_cupy,
-    to_dlpack,
-    to_scipy,
-)
+from curvlib.core.cupy_arrays import from_cupy, to_cupy
+from curvlib.core.interop import from_dlpack, from_scipy, to_dlpack, to_scipy
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition

@@ -68,7 +68,7 @@ def inner(left: Blocks, right: Blocks, *, wide: bool = False) -> Tensor:
 
 def subtract(rows: Tensor, blocks: Blocks, coefficients: Tensor, out: Tensor) -> Tensor:
     """``rows - coefficients.T @ blocks`` into ``out`` (which may be ``rows``), ``[k, n]``."""
-    weights = coefficients.mT.to(rows.device, rows.dtype)
+    weights = coefficients.mT.to(rows.device, rows.dtype, non_blocking=True)
     start = 0
     for block in blocks:
         part = weights[:, start : start + block.shape[0]]
@@ -146,7 +146,8 @@ def _factor(gram: Tensor, norms: Tensor) -> Tensor | None:
 def _solve(factor: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """``factor^-1 @ rows`` into ``out``, which may be ``rows``, span by span."""
     eye = torch.eye(len(factor), dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(factor, eye, upper=False).to(rows.device, rows.dtype)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    inverse = inverse.to(rows.device, rows.dtype, non_blocking=True)
     for span in spans(rows):
         torch.mm(inverse, rows[:, span].clone() if out is rows else rows[:, span], out=out[:, span])
     return out

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.run import Progress, Report, run
-from curvlib.estimators.probes import LAWS, fill_probes, generator_of
+from curvlib.estimators.philox import draw_keys
+from curvlib.estimators.probe_kernels import ProbeKernels
+from curvlib.estimators.probes import LAWS, fill_probes, fill_signs, generator_of
 
 S = TypeVar("S")
 
@@ -96,7 +98,11 @@ class Plan:
                 self.spare[:] = [rows]
         else:
             rows = self.spare[0][:size]
-        fill_probes(rows, self.law, generator)
+        if self.law == "rademacher" and rows.device.type != "cpu":
+            # by position, so that a kernel that reads their products can make them again
+            fill_signs(rows, draw_keys(size, generator), ProbeKernels.of(rows))
+        else:
+            fill_probes(rows, self.law, generator)
         return rows, generator.get_state()
 
     def done(self, count: int, relative_error: Callable[[], float]) -> bool:
