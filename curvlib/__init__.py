@@ -11,6 +11,7 @@ from curvlib.core.interop import (
     to_scipy,
 )
 from curvlib.core.kronecker import Kronecker
+from curvlib.core.linear_cross_entropy import LinearCrossEntropy
 from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
 from curvlib.core.result import Result
@@ -70,6 +71,7 @@ __all__ = [
     "FunctionTrace",
     "Hypergradient",
     "Kronecker",
+    "LinearCrossEntropy",
     "LinearOperator",
     "LowRank",
     "LowRankPlusShift",
