@@ -114,7 +114,8 @@ class Terms:
 
 def losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
     """Loss terms ``[T]`` of hidden states ``[T, d]``, twice differentiable chunk by chunk."""
-    out: Tensor = _Losses.apply(hidden, weight, bias, terms)
+    apply: Any = _Losses.apply
+    out: Tensor = apply(hidden, weight, bias, terms)
     return out
 
 
@@ -136,7 +137,8 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> Any:
         needs = ctx.needs_input_grad[:3]
-        return *_Gradient.apply(*ctx.saved_tensors, scales[0], ctx.terms, needs), None
+        apply: Any = _Gradient.apply
+        return *apply(*ctx.saved_tensors, scales[0], ctx.terms, needs), None
 
 
 class _Gradient(torch.autograd.Function):

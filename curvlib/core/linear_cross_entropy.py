@@ -74,7 +74,8 @@ class LinearCrossEntropy:
             )
         if self.chunk < 1:
             raise ValueError(f"chunk= needs at least one token, got {self.chunk}")
-        classes = self.head.weight.shape[0]
+        held: Any = self.head.weight
+        classes = held.shape[0]
         if self.weight is not None and self.weight.shape != (classes,):
             raise ValueError(
                 f"weight= needs one number for each of the head's {classes} classes, got shape "

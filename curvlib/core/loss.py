@@ -98,7 +98,7 @@ class Loss:
             TypeError: If the loss is not a tensor.
         """
         if self.linear is not None:
-            return self.linear.each(output, target).sum()
+            return self.each(output, target).sum()
         if self.known:
             return self._known(self.readable(output, target), target, "sum")
         value = self.function(output, target)
@@ -114,14 +114,16 @@ class Loss:
             )
         return value if self.reduction == "sum" else value * terms
 
-    def each(self, output: Tensor, target: Tensor) -> Tensor:
+    def each(self, output: Any, target: Any) -> Tensor:
         """The loss terms of one batch for a known loss: of the target's shape, or ``[n, ...]``.
 
         Args:
-            output: What :meth:`readable` returned.
+            output: What the model returned.
             target: What the loss compares it with.
         """
-        return self._known(output, target, "none")
+        if self.linear is not None:
+            return self.linear.each(output, target)
+        return self._known(self.readable(output, target), target, "none")
 
     def _known(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
         weight = None if self.weight is None else self.weight.to(output)

@@ -90,7 +90,7 @@ def empirical_chunks(batch: Batch, logits: Logits) -> ChunkCurvature:
         found = torch.einsum("kcv,cv->kc", along, scores(place, own))
         inner[0].index_add_(1, owner[place], found)
 
-    def product(place: slice, own: Tensor, along: Tensor) -> Tensor:
+    def product(place: slice, own: Tensor, _: Tensor) -> Tensor:
         return inner[0][:, owner[place], None] * scores(place, own)
 
     return ChunkCurvature(product, before)
@@ -173,4 +173,5 @@ class HeadProduct:
             return None
         space = self.batch.risk.space
         shape = space.shapes[space.names.index(name)]
-        return flat.mT[:, space.slice(name)].unflatten(1, shape)
+        part: Tensor = flat.mT[:, space.slice(name)].unflatten(1, shape)
+        return part

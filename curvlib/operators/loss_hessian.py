@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.data import describe
 from curvlib.core.chunked_logits import Logits
+from curvlib.core.data import describe
 from curvlib.core.linear_cross_entropy import needs_logits
 from curvlib.core.loss import Loss
 from curvlib.operators.columns import derivative
