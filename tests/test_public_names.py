@@ -69,6 +69,7 @@ NAMES = [
     "prune",
     "pruning",
     "rates",
+    "shard",
     "solve",
     "spectral_norm",
     "to_cupy",
