@@ -29,6 +29,16 @@ class LinearCrossEntropy:
     logits; the head's weight and bias stay parameters of the model, tied to the input embedding or
     not. It also trains: ``loss(hidden, target).backward()`` takes the same bounded memory.
 
+    For a causal language model of the Hugging Face kind::
+
+        cl.Risk(
+            model,
+            cl.LinearCrossEntropy(model.lm_head),
+            data,
+            forward=lambda m, b: m.base_model(b["input_ids"]).last_hidden_state[:, :-1],
+            target=lambda b: b["labels"][:, 1:],
+        )
+
     Products of :func:`curvlib.hessian`, :func:`curvlib.ggn` and :func:`curvlib.fisher` (all kinds),
     gradients and values never hold more than a few times ``chunk * V`` numbers beyond vectors.
     What needs the logits themselves (K-FAC, the Jacobian of the outputs) says so.

@@ -341,6 +341,37 @@ def test_no_tensor_is_larger_than_a_chunk(work: str, count: int, streamed: bool)
     assert _largest(lambda: PRODUCTS[work](plain, V)) >= tokens * vocabulary
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", [cl.hessian, cl.ggn])
+def test_memory_on_a_gpu(operator: Callable[[cl.Risk], cl.LinearOperator]) -> None:
+    """Right there, too, in less memory than one copy of all logits."""
+    vocabulary, tokens = 50_257, 4096
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(vocabulary, 16), nn.Linear(16, 16), nn.Tanh())
+        model.append(nn.Linear(16, vocabulary, bias=False))
+        batch = (torch.randint(vocabulary, (tokens,)), torch.randint(vocabulary, (tokens,)))
+    model[3].weight = model[0].weight
+
+    def risk(device: str, count: int) -> cl.Risk:
+        model.to(device)
+        loss = cl.LinearCrossEntropy(model[3], 128)
+        part = tuple(t[:count].to(device) for t in batch)
+        return cl.Risk(model, loss, part, forward=lambda m, b: m[:3](b[0]))
+
+    expected = operator(risk("cpu", 64))
+    v = torch.randn(expected.shape[1], generator=torch.Generator().manual_seed(0))
+    exact = expected @ v
+    close((operator(risk("cuda", 64)) @ v.cuda()).cpu(), exact, 1e-4)
+    op, along = operator(risk("cuda", tokens)), v.cuda()
+    op @ along
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    op @ along
+    assert torch.cuda.max_memory_allocated() - before < 4 * tokens * vocabulary
+
+
 def test_work_is_that_of_the_formulas() -> None:
     """Products of ``[tokens, V]`` with ``[V, d]``: 1, 3 and 7; a GGN takes 1 + 4 K."""
     tokens, vocabulary, width = 12, 11, 5
