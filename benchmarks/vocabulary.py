@@ -13,6 +13,7 @@ operations of matrix products, ``error`` the difference from the unchunked produ
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -230,17 +231,14 @@ def main() -> None:
     rows = []
     for chunk in options.chunks:
         setting = Setting(options.vocabulary, options.tokens, options.width, chunk)
-        for kind in ("hessian", "ggn"):
-            for count in options.columns:
-                part = measure(setting, kind, count, options.rounds)
-                rows += part
-                print(f"\n{kind}, K = {count}, {part[0]['parameters']:,} parameters")
-                print(common.table(part, shown), flush=True)
-    if not options.no_save:
-        settings = {"rounds": options.rounds, "dtype": "float32", "device": "cpu"}
-        print(
-            "\nwrote", common.save("vocabulary", rows, settings).relative_to(common.RESULTS.parent)
-        )
+        for count, kind in itertools.product(options.columns, ("hessian", "ggn")):
+            part = measure(setting, kind, count, options.rounds)
+            rows += part
+            print(f"\n{kind}, K = {count}, {part[0]['parameters']:,} parameters")
+            print(common.table(part, shown), flush=True)
+            if not options.no_save:  # each time: a later part may take too long
+                settings = {"rounds": options.rounds, "dtype": "float32", "device": "cpu"}
+                common.save("vocabulary", rows, settings)
 
 
 if __name__ == "__main__":

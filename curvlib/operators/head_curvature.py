@@ -133,8 +133,11 @@ class HeadProduct:
             out: ``[P, K]``, of contiguous columns.
         """
         logits, count = self.logits, columns.shape[1]
-        rows = None if along is None else along.reshape(count, *logits.rows.shape)
-        vectors = (self._part(columns, self.weight), self._part(columns, self.bias))
+        dtype = logits.hidden.dtype
+        rows = None if along is None else along.reshape(count, *logits.rows.shape).to(dtype)
+        vectors = self._part(columns, self.weight), self._part(columns, self.bias)
+        if vectors[0] is not None:
+            vectors = vectors[0].to(dtype), vectors[1]
         weight, bias = self._part(out, self.weight), self._part(out, self.bias)
         size = count * self.curvature.copies
         if self.curvature.before is not None:
@@ -145,7 +148,7 @@ class HeadProduct:
             c = self.curvature.product(place, own, self._tangents(place, rows, vectors))
             if bias is not None:
                 bias.add_(c.sum(1), alpha=self.batch.scale)
-            c = c.to(logits.hidden.dtype)
+            c = c.to(dtype)
             if along is not None:
                 back.append(c @ logits.weight)
             if weight is not None:
@@ -162,8 +165,8 @@ class HeadProduct:
         return tangents(
             logits.rows[place],
             logits.weight,
-            None if along is None else along[:, place].to(logits.hidden.dtype),
-            None if weight is None else weight.to(logits.hidden.dtype),
+            None if along is None else along[:, place],
+            weight,
             bias,
         )
 

@@ -318,12 +318,12 @@ PRODUCTS = {
 @pytest.mark.parametrize(("count", "streamed"), [(1, False), (1, True), (8, True)])
 def test_no_tensor_is_larger_than_a_chunk(work: str, count: int, streamed: bool) -> None:
     """Beside the vectors themselves; with all logits at once there is."""
-    vocabulary, tokens, chunk = 101, 512, 16
+    vocabulary, tokens, chunk = 101, 256, 16
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(vocabulary, 2), nn.Linear(2, 2), nn.Tanh())
         model.append(nn.Linear(2, vocabulary))
-        batch = (torch.randint(vocabulary, (32, 16)), torch.randint(vocabulary, (32, 16)))
+        batch = (torch.randint(vocabulary, (16, 16)), torch.randint(vocabulary, (16, 16)))
     held = Streamed([batch]) if streamed else batch
     loss = cl.LinearCrossEntropy(model[3], chunk)
     chunked = cl.Risk(model, loss, held, forward=lambda m, b: m[:3](b[0]))
