@@ -5,6 +5,7 @@ from curvlib.core.block_diagonal import BlockDiagonal
 from curvlib.core.cupy_arrays import from_cupy, to_cupy
 from curvlib.core.interop import from_dlpack, from_scipy, to_dlpack, to_scipy
 from curvlib.core.kronecker import Kronecker
+from curvlib.core.linear_cross_entropy import LinearCrossEntropy
 from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
 from curvlib.core.result import Result
@@ -65,6 +66,7 @@ __all__ = [
     "FunctionTrace",
     "Hypergradient",
     "Kronecker",
+    "LinearCrossEntropy",
     "LinearOperator",
     "LowRank",
     "LowRankPlusShift",

@@ -23,6 +23,7 @@ NAMES = [
     "Hypergradient",
     "KFAC",
     "Kronecker",
+    "LinearCrossEntropy",
     "LinearOperator",
     "LowRank",
     "LowRankPlusShift",

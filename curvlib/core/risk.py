@@ -113,6 +113,8 @@ class Risk:
                 raise TypeError(f"{name}= needs a function, got {type(function).__name__}")
         self.model = passes.uncompiled(model)
         self.loss: Loss = read_loss(loss, reduction)
+        if self.loss.linear is not None:
+            self.loss.linear.require_part_of(self.model)
         self.data = data
         self.take_output = forward
         self.take_target = target
@@ -239,7 +241,7 @@ class Risk:
     ) -> Risk:
         out = Risk(
             self.model if model is None else model,
-            self.loss.function,
+            self.loss.of(self.model, model),
             data,
             forward=self.take_output,
             target=self.take_target,
@@ -410,8 +412,10 @@ class Risk:
     def _forward(self, model: nn.Module, data: Any) -> Any:
         self.require_known(data)
         if self.take_output is not None:
-            return self.take_output(model, data)
-        return model(**data) if is_mapping(data) else model(data[0])
+            output = self.take_output(model, data)
+        else:
+            output = model(**data) if is_mapping(data) else model(data[0])
+        return output if self.loss.linear is None else self.loss.linear.logits(output)
 
     def require_known(self, data: Any) -> None:
         """Raises TypeError if a batch is of an unknown kind and there is no ``forward=``."""

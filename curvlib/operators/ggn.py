@@ -14,6 +14,7 @@ from __future__ import annotations
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.gauss_newton import gauss_newton
+from curvlib.operators.head_curvature import expected_chunks
 from curvlib.operators.hessian import MEMORY
 from curvlib.operators.loss_hessian import loss_hessian
 
@@ -46,6 +47,7 @@ def ggn(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
     return gauss_newton(
         risk,
         loss_hessian,
+        head=expected_chunks,
         name="GGN",
         psd=risk.loss.known,
         memory=memory,

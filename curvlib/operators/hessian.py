@@ -111,7 +111,9 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
     def add(batch: Batch, total: Tensor | None) -> Tensor:
         out = space.empty(columns.shape[1]) if total is None else total
         gradients, kept = cache.graph(batch)
-        for piece in pieces(columns.shape[1], cache.room, space):
+        # a loss that owns the head works in place, which cannot be batched over columns
+        room = cache.room if risk.loss.linear is None else 1
+        for piece in pieces(columns.shape[1], room, space):
             parts: list[Tensor | None] = [None] * len(params)
             if gradients:  # else the loss is linear in the parameters
                 vectors = space.split(columns[:, piece])
