@@ -1,7 +1,7 @@
-"""What the captured product of a batch belongs to, and the batch of fake tensors that it is made of.
+"""What the captured product of a batch belongs to, and the batch of fake tensors it is made of.
 
-A captured graph is Python's side of the model frozen: its modes, hooks, numbers that are attributes
-of modules, and the shapes and plain values of a batch. These are read here, to be compared.
+A captured graph is Python's side of the model frozen: modes, hooks, numbers that are attributes of
+modules, and the shapes and plain values of a batch. These are read here, to be compared.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class RecordedBatch(Batch):
 
 def python_state(risk: Risk) -> Hashable:
     """Python's side of the model: types, modes, hooks, and attributes that are plain values."""
-    out: list[Any] = [torch.get_default_dtype()]
+    device = risk.device.type
+    out: list[Any] = [torch.get_default_dtype(), torch.is_autocast_enabled(device)]
     modules = list(risk.model.modules())
     if isinstance(risk.loss.function, nn.Module):
         modules += risk.loss.function.modules()

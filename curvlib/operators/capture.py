@@ -77,9 +77,12 @@ def captured(function: Callable[..., Tensor], inputs: Sequence[Tensor], vector: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph, constants = _lifted(_recorded(function, examples), len(inputs))
-        examples = [*inputs, *constants, vector]
-        graph = _recorded(functionalize(graph), examples)
+        if any(_in_place(node) for node in graph.graph.nodes):
+            graph = _recorded(functionalize(graph), [*inputs, *constants, vector])
     graph.graph.eliminate_dead_code(lambda node: node.is_impure() or _random(node))
+    for node in graph.graph.nodes:
+        if _depends_on_values(node.meta.get("val")):
+            raise RuntimeError(f"numbers, or shapes, are read from tensors ({node.name})")
     linearize, push = _stages(graph.graph)
     targets = [node.target for node in linearize.graph.nodes]
     return Capture(
@@ -114,14 +117,23 @@ def widened(push: fx.GraphModule, rows: Tensor, linearized: Sequence[Tensor]) ->
 
 
 @contextmanager
-def attributes_put_back(model: nn.Module) -> Iterator[None]:
-    """Puts back what a recorded forward pass leaves on modules: fake tensors, counts of calls."""
+def recordable(model: nn.Module) -> Iterator[None]:
+    """Calls what ``torch.compile`` wrapped, which is not recorded in its wrapper.
+
+    At the end attributes of modules are put back, also those that a recorded forward pass left on
+    them: fake tensors, counts of calls.
+    """
     before = [(m, dict(vars(m))) for m in model.modules()]
     try:
+        for module, _ in before:
+            vars(module)["_compiled_call_impl"] = None
+            if "_orig_mod" in module._modules:
+                vars(module)["forward"] = module._modules["_orig_mod"]
         yield
     finally:
         for module, attributes in before:
-            vars(module).clear()
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
             vars(module).update(attributes)
 
 
@@ -157,6 +169,16 @@ def _lifted(module: fx.GraphModule, place: int) -> tuple[fx.GraphModule, tuple[T
 def _random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
+
+
+def _depends_on_values(value: Any) -> bool:
+    symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    return any(isinstance(size, symbols) for size in sizes)
+
+
+def _in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _stages(graph: fx.Graph) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -33,7 +33,7 @@ from curvlib.core.forward import Holder
 from curvlib.core.risk import Risk
 from curvlib.operators import replay
 from curvlib.operators.batch_record import RecordedBatch, python_state, rebuilt, structure
-from curvlib.operators.capture import Capture, attributes_put_back, captured, widened
+from curvlib.operators.capture import Capture, captured, recordable, widened
 from curvlib.operators.columns import pieces
 from curvlib.operators.graphs import GraphCache
 from curvlib.operators.proof import difference, probes, tolerance
@@ -117,17 +117,22 @@ class CompiledProduct:
         self.backend = str(compile) if self.insists else "inductor"
         self.eager = eager(memory)  # where nothing is captured
         self.witness = eager(0)  # which captures are held against; keeps no graphs
-        self.cache = GraphCache(risk, memory, self._linearized, holds=lambda kept: kept)
+        self.memory = memory
+        self._forget()
         self.known: dict[Hashable, Captured | None] = {}
         self.said: set[str] = set()
         self.counted: set[int] = set()  # batches whose normalization the eager product verified
         self.state: Hashable = ()
+        self.begun = False  # whether the eager product was told of the pass
 
     def __call__(self, columns: Tensor) -> Tensor:
         """The product ``[P, K]``."""
-        self.eager.begin()
+        state = python_state(self.risk)
+        if state != self.state:
+            self.state = state
+            self._forget()
         self.cache.begin()
-        self.state = python_state(self.risk)
+        self.begun = False
         return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns))
 
     def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
@@ -138,6 +143,9 @@ class CompiledProduct:
         largest = max(p.stop - p.start for p in pieces(count, self.cache.room, self.risk.space))
         found = self._found(batch, _widths(count, largest))
         if found is None:
+            if not self.begun:
+                self.begun = True
+                self.eager.begin()
             return self.eager.add(batch, total, columns)
         kept, _ = self.cache.graph(batch)
         out = self.risk.space.empty(count) if total is None else total
@@ -151,6 +159,10 @@ class CompiledProduct:
             else:
                 rows.add_(part, alpha=batch.scale)
         return out
+
+    def _forget(self) -> None:
+        """Drops what was kept between products."""
+        self.cache = GraphCache(self.risk, self.memory, self._linearized, holds=lambda kept: kept)
 
     # ---------------------------------------------------------------- captures
     def _found(self, batch: Batch, widths: Sequence[int] = ()) -> Captured | None:
@@ -168,6 +180,8 @@ class CompiledProduct:
                     f"batches and states of the model came in more than {MAX_CAPTURES} different "
                     "shapes, each of which is captured anew; pad or bucket the batches"
                 )
+            if found is not None:
+                self._forget()
             self.known[key] = None
             found = self._captured(batch)
             if found is None:
@@ -190,7 +204,7 @@ class CompiledProduct:
             self.witness.add(batch, None, vector[:, None])
         inputs = self._inputs(batch)
         try:
-            with self.risk.untouched(), attributes_put_back(self.risk.model):
+            with self.risk.untouched(), recordable(self.risk.model):
                 capture = captured(self._recordable(batch), inputs, vector)
         except torch.OutOfMemoryError:
             raise
@@ -203,7 +217,9 @@ class CompiledProduct:
             if isinstance(held, Tensor) and any(held is c for c in capture.held)
         ]
         inputs += [c.detach() for c in capture.held]
-        linearize = self._lowered(capture.linearize, inputs)
+        linearize: Callable[..., Sequence[Tensor]] = capture.linearize
+        if not capture.draws:  # torch's own operations draw what the eager product draws
+            linearize = self._lowered(linearize, inputs)
         if not (self.cache.keeps or capture.draws or capture.writes):
             linearize = _launched(linearize, inputs)
         return Captured(capture, owners, linearize)
@@ -309,9 +325,7 @@ class CompiledProduct:
                 warnings.simplefilter("ignore")
                 import torch._inductor as inductor
 
-                compiled: Callable[..., Sequence[Tensor]] = inductor.compile(
-                    graph, examples, options={"fallback_random": True}
-                )
+                compiled: Callable[..., Sequence[Tensor]] = inductor.compile(graph, examples)
                 return compiled
         except torch.OutOfMemoryError:
             raise

@@ -31,6 +31,7 @@ def probes(space: ParamSpace, count: int) -> Tensor:
 
 
 def tolerance(risk: Risk) -> float:
+    """The tolerated relative difference, by the least precise type that takes part."""
     precision = max(torch.finfo(d).eps for d in risk.space.dtypes)
     if torch.float64 not in risk.space.dtypes and risk.device.type == "cuda":
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
