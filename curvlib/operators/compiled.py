@@ -219,7 +219,7 @@ class CompiledProduct:
         inputs += [c.detach() for c in capture.held]
         linearize: Callable[..., Sequence[Tensor]] = capture.linearize
         if not capture.draws:  # torch's own operations draw what the eager product draws
-            linearize = self._lowered(linearize, inputs)
+            linearize = self._lowered(capture.linearize, inputs)
         if not (self.cache.keeps or capture.draws or capture.writes):
             linearize = _launched(linearize, inputs)
         return Captured(capture, owners, linearize)

@@ -41,15 +41,16 @@ class Replay:
 
     def __init__(self, function: TensorFunction, inputs: Sequence[Tensor]) -> None:
         self.inputs = [torch.empty_like(t).copy_(t) for t in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate their workspaces at first calls
-            for _ in range(2):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = list(function(*self.inputs))
+        with torch.cuda.device(inputs[0].device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries allocate their workspaces at first calls
+                for _ in range(2):
+                    function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.outputs = list(function(*self.inputs))
         self.last: tuple[Tensor | None, ...] = (None,) * len(inputs)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:

@@ -79,7 +79,7 @@ def test_products(operator: str, name: str) -> None:
     ("operator", "name"),
     [
         ("hessian", "tied"),
-        ("hessian", "encoder train"),
+        pytest.param("hessian", "encoder train", marks=pytest.mark.slow),
         ("hessian", "hf own loss"),
         ("ggn", "masked lm"),
         pytest.param("hessian", "LSTM", marks=pytest.mark.slow),
@@ -330,6 +330,30 @@ def test_what_cannot_be_proven_runs_eagerly(kind: type[nn.Module]) -> None:
     with pytest.raises(RuntimeError, match="compile='aot_eager', but .*" + REFUSED[kind]):
         cl.hessian(risk, compile="aot_eager") @ V
     snapshot(model).assert_same(before)
+
+
+def test_errors_of_the_model_are_its_own() -> None:
+    """A model that has no second derivative, or does not fit its data, says so as ever."""
+
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * ctx.saved_tensors[0].cos()
+
+    case = rebatched(build("mlp ce"), [4, 4])
+    model = case.model
+    risk = cl.Risk(model, case.loss, case.data, forward=lambda m, b: Opaque.apply(m(b[0])))
+    with pytest.raises(RuntimeError, match="@once_differentiable, so its gradient has no deriv"):
+        cl.hessian(risk, compile=True) @ columns(31, 1)
+    wrong = cl.Risk(model, case.loss, [(x, y[:2]) for x, y in case.data])
+    with pytest.raises(ValueError, match="needs class indices of shape"):
+        cl.ggn(wrong, compile=True) @ columns(31, 1)
 
 
 def test_a_capture_that_is_wrong_for_several_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
