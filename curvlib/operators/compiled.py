@@ -31,12 +31,12 @@ from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
 from curvlib.core.forward import Holder
 from curvlib.core.risk import Risk
-from curvlib.operators import replay
 from curvlib.operators.batch_record import RecordedBatch, python_state, rebuilt, structure
 from curvlib.operators.capture import Capture, captured, recordable, widened
 from curvlib.operators.columns import pieces
 from curvlib.operators.graphs import GraphCache
 from curvlib.operators.proof import difference, probes, tolerance
+from curvlib.operators.replay import launched
 
 #: Records that one operator makes at most; batches of other shapes run eagerly.
 MAX_CAPTURES = 8
@@ -122,14 +122,17 @@ class CompiledProduct:
         self.known: dict[Hashable, Captured | None] = {}
         self.said: set[str] = set()
         self.counted: set[int] = set()  # batches whose normalization the eager product verified
-        self.state: Hashable = ()
+        self.last: Hashable = None
+        self.states: dict[Hashable, int] = {}  # numbers of the states that the model was in
+        self.state = 0
         self.begun = False  # whether the eager product was told of the pass
 
     def __call__(self, columns: Tensor) -> Tensor:
         """The product ``[P, K]``."""
         state = python_state(self.risk)
-        if state != self.state:
-            self.state = state
+        if state != self.last:
+            self.last = state
+            self.state = self.states.setdefault(state, len(self.states))
             self._forget()
         self.cache.begin()
         self.begun = False
@@ -221,7 +224,7 @@ class CompiledProduct:
         if not capture.draws:  # torch's own operations draw what the eager product draws
             linearize = self._lowered(capture.linearize, inputs)
         if not (self.cache.keeps or capture.draws or capture.writes):
-            linearize = _launched(linearize, inputs)
+            linearize = launched(linearize, inputs)
         return Captured(capture, owners, linearize)
 
     def _recordable(self, batch: Batch) -> Callable[..., Tensor]:
@@ -294,7 +297,12 @@ class CompiledProduct:
         with self.risk.untouched():
             exact = self.witness.add(batch, None, probe)
         with self.risk.untouched(), torch.no_grad():
-            kept = self._run_linearize(batch, found)
+            try:
+                kept = self._run_linearize(batch, found)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 (compiled code has assertions of its own)
+                return f"the captured product cannot be run ({_short(error)})"
             rows = probe.mT.contiguous()[:width]
             graph = found.capture.push
             if width > 1:
@@ -306,8 +314,13 @@ class CompiledProduct:
                     found.narrow = True
                     return None if 1 in found.push else self._proven(batch, found, 1)
             examples = [rows if width > 1 else rows[0], *kept]
-            push = _launched(self._lowered(graph, examples), examples)
-            parts = [_pushed(push, part, kept).clone() for part in probe.mT.split(width)]
+            push = launched(self._lowered(graph, examples), examples)
+            try:
+                parts = [_pushed(push, part, kept).clone() for part in probe.mT.split(width)]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001
+                return f"the captured product cannot be run ({_short(error)})"
             product = torch.cat(parts).mT * batch.scale
         wrong = difference(product, exact, probe, tolerance(self.risk))
         if wrong is None:
@@ -379,21 +392,6 @@ def _pushed(push: Callable[..., Sequence[Tensor]], rows: Tensor, kept: Sequence[
         if rows.shape[0] == 1:
             return push(rows[0], *kept)[0][None]
         return push(rows, *kept)[0]
-
-
-def _launched(
-    function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]
-) -> Callable[..., Sequence[Tensor]]:
-    """The function as a CUDA graph where it is small, else as it is."""
-    if replay.fits(examples):
-        try:
-            with torch.no_grad():
-                return replay.Replay(function, examples)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation that cannot be captured
-            pass
-    return function
 
 
 def _short(error: Exception) -> str:

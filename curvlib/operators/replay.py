@@ -63,3 +63,16 @@ class Replay:
         self.last = inputs
         self.graph.replay()
         return [t.detach() for t in self.outputs]
+
+
+def launched(function: TensorFunction, inputs: Sequence[Tensor]) -> TensorFunction:
+    """The function as a CUDA graph where its inputs are small CUDA tensors, else as it is."""
+    if not fits(inputs):
+        return function
+    try:
+        with torch.no_grad():
+            return Replay(function, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation that cannot be captured
+        return function

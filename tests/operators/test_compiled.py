@@ -68,7 +68,7 @@ def test_products(operator: str, name: str) -> None:
     case = _two_batches(name)
     op = MAKE[operator](risk_of(case), compile="aot_eager")
     A = oracle(operator, name)
-    V = columns(A.shape[0], 3)
+    V = columns(A.shape[0], 2)
     before = snapshot(case.model)
     for _ in range(2):  # the second one from what was kept
         assert error(op @ V, A @ V) < 1e-12
@@ -371,6 +371,26 @@ def test_a_capture_that_is_wrong_for_several_vectors(monkeypatch: pytest.MonkeyP
     assert error(op @ V[:, :1], A @ V[:, :1]) < 1e-12
     with pytest.raises(RuntimeError, match="differs from the eager one"):
         op @ V
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_code_that_cannot_be_run(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def run(*_: Any) -> Any:
+        raise AssertionError("expected stride 3")
+
+    def compiler(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return run if len(graphs) == stage + 1 else graph
+
+    case = rebatched(build("mlp ce"), [4, 4])
+    op = cl.hessian(risk_of(case), compile=True)
+    exact = oracle("hessian", "mlp ce") @ columns(31, 1)
+    monkeypatch.setattr(torch._inductor, "compile", compiler)
+    with pytest.warns(UserWarning, match=r"cannot be run \(AssertionError: expected stride 3\)"):
+        found = op @ columns(31, 1)
+    assert error(found, exact) < 1e-12
 
 
 def test_operations_that_do_not_batch_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
