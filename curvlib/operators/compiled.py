@@ -136,7 +136,7 @@ class CompiledProduct:
             self._forget()
         self.cache.begin()
         self.begun = False
-        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns))
+        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
         count, terms = columns.shape[1], self._terms(batch)

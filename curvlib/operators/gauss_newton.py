@@ -95,6 +95,7 @@ def gauss_newton(
         name=name,
         identity=lambda: f"{risk.fingerprint()}|{identity}",
         restrict=lambda names: rebuild(risk.part(names)),
+        group=risk.group,
     )
 
 
@@ -116,7 +117,7 @@ class _Product:
 
     def __call__(self, columns: Tensor) -> Tensor:
         self.begin()
-        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns))
+        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns), columns)
 
     def begin(self) -> None:
         """Called before each pass."""

@@ -106,6 +106,7 @@ def hessian(
             risk.part(names), method=method, memory=memory, compile=compile
         ),
         differentiable=differentiable,
+        group=risk.group,
     )
 
 
@@ -133,7 +134,7 @@ class _Product:
 
     def __call__(self, columns: Tensor) -> Tensor:
         self.begin()
-        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns))
+        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns), columns)
 
     def begin(self) -> None:
         """Called before each pass."""
@@ -211,7 +212,7 @@ def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
         return product if total is None else total + product
 
     with PrimitiveNorms():  # the third derivatives of the native ones are wrong
-        return risk.accumulate(add)
+        return risk.accumulate(add, columns)
 
 
 def _difference(risk: Risk, columns: Tensor) -> Tensor:
@@ -221,4 +222,4 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
             out[:, k].add_(central_difference(batch, columns[:, k]), alpha=batch.scale)
         return out
 
-    return risk.accumulate(add)
+    return risk.accumulate(add, columns)
