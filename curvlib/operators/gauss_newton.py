@@ -35,6 +35,7 @@ from curvlib.core.chunked_logits import Logits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly, derivative, pieces
+from curvlib.operators.compiled import Compile, CompiledProduct
 from curvlib.operators.graphs import GraphCache, once_differentiable
 from curvlib.operators.head_curvature import ChunkCurvature, HeadProduct
 from curvlib.operators.loss_hessian import Curvature, tensor_output
@@ -65,6 +66,7 @@ def gauss_newton(
     memory: int,
     identity: str = "",
     rebuild: Callable[[Risk], LinearOperator],
+    compile: Compile = False,  # noqa: A002 (the name that torch uses)
 ) -> LinearOperator:
     """The operator ``J' C J`` of a risk.
 
@@ -77,10 +79,17 @@ def gauss_newton(
         memory: Bytes for kept graphs and for columns that are done at once.
         identity: What distinguishes this operator, beside the risk.
         rebuild: The same operator of another risk.
+        compile: Whether products run as captured graphs: see :mod:`curvlib.operators.compiled`.
     """
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
-    product = _Product(risk, curvature, None if risk.loss.linear is None else head, memory)
+    own = None if risk.loss.linear is None else head
+    product: Callable[[Tensor], Tensor] = _Product(risk, curvature, own, memory)
+    if compile is not False:
+        form = partial(_form, curvature)
+        product = CompiledProduct(
+            risk, lambda room: _Product(risk, curvature, None, room), form, compile, memory, name
+        )
     size = risk.space.size
     return LinearOperator(
         product,
@@ -119,8 +128,12 @@ class _Product:
         )
 
     def __call__(self, columns: Tensor) -> Tensor:
+        self.begin()
+        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns), columns)
+
+    def begin(self) -> None:
+        """Called before each pass."""
         self.cache.begin()
-        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _build(self, batch: Batch) -> OutputGraph:
         if not self.reverse:
@@ -138,7 +151,8 @@ class _Product:
         self._verified = True
         return graph
 
-    def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
+    def add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
+        """The sum so far (``None``: nothing yet) with the batch's product times its scale."""
         space, count = self.risk.space, columns.shape[1]
         params = list(self.risk.params.values())
         out, add = (space.empty(count), False) if total is None else (total, True)
@@ -212,6 +226,36 @@ class _Product:
             self.reverse = True  # an error that is the model's own comes again, and is raised
             self.cache = GraphCache(self.risk, self.cache.budget, self._build)
             return None
+
+
+def _form(
+    curvature: Callable[[Batch, Tensor], Curvature], batch: Batch, leaves: list[Tensor]
+) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
+    """The product of one batch, to be captured: see :mod:`curvlib.operators.compiled`.
+
+    By the reverse route: of what it computes, a captured graph keeps the two Jacobian products.
+    """
+    output = tensor_output(batch)
+    pullback: list[tuple[int, Tensor]] = []
+    if output.requires_grad:
+        dummy = torch.zeros_like(output, requires_grad=True)
+        pulled: Sequence[Tensor | None] = torch.autograd.grad(
+            output, leaves, dummy, create_graph=True, allow_unused=True
+        )
+        pullback = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+
+    def push(vectors: list[Tensor]) -> Sequence[Tensor | None]:
+        if not pullback:
+            return [None] * len(leaves)
+        cotangents = [vectors[i].to(g.dtype) for i, g in pullback]
+        (tangent,) = torch.autograd.grad([g for _, g in pullback], dummy, cotangents)
+        product = curvature(batch, output.detach())(tangent[None])[0].to(output.dtype)
+        parts: Sequence[Tensor | None] = torch.autograd.grad(
+            output, leaves, product, allow_unused=True
+        )
+        return parts
+
+    return push
 
 
 def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
