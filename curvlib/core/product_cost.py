@@ -1,0 +1,137 @@
+r"""What products of an operator with columns cost, on one rank.
+
+With :math:`B` batches, of which the busiest of :math:`R` ranks has :math:`B_r = \lceil B / R
+\rceil`, :math:`v` bytes of a vector and :math:`p` bytes of the parameters, a product with
+:math:`K` columns takes
+
+=============  ===================================  ========================================
+on one rank    data parallel                        sharded
+=============  ===================================  ========================================
+work           :math:`\frac{B_r}{B}` of all         the same, without graphs that are kept
+memory         :math:`w + (K - 1) w'`               :math:`w - 2 v + 2 \ell + (K - 1)
+                                                    (w' - v) + \frac{(K + 1) v}{R}`
+graphs         :math:`\min(B_r g, M)`               none
+traffic        :math:`2 \frac{R - 1}{R} K v`        :math:`B_r \frac{R - 1}{R} (3 p + 2 K v)`,
+                                                    or :math:`B_r \frac{R - 1}{R} K (4 p + 2 v)`
+                                                    by finite differences
+=============  ===================================  ========================================
+
+with :math:`w` bytes for one column (activations, gradients, and the product), :math:`w'` for each
+further one, :math:`g` for a batch's graph within the budget :math:`M`, and :math:`\ell` for the
+largest layer. Sharded parameters are gathered for the forward pass, the backward pass and its
+derivative (two at a time: the next layer's while one computes); a vector's shards are gathered
+once, and those of a product scattered. That assumes that every layer is sharded by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from curvlib.core.plan import Ranks
+
+#: Columns that are done at once at most, so that memory for more is that of the vectors alone.
+COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class ProductCost:
+    """Work and memory of products, on all data in one process.
+
+    Attributes:
+        size: ``P``.
+        vector: Bytes of a vector.
+        parameters: Bytes of the parameters.
+        layer: Bytes of the largest layer's parameters.
+        batches: ``B``.
+        examples: Examples of a batch.
+        flops: Of a product with one column.
+        further: Of each further column.
+        again: Of a product with one column while all graphs are kept.
+        graph: Bytes that a batch's graph keeps between products; 0 where none is kept.
+        budget: Bytes that kept graphs may hold.
+        working: Bytes that a product with one column needs, its result included.
+        column: Bytes that each further column adds, up to 16 columns; then a vector.
+        differences: Whether products are finite differences of gradients.
+    """
+
+    size: int
+    vector: float
+    parameters: float
+    layer: float
+    batches: int
+    examples: int
+    flops: float
+    further: float
+    again: float
+    graph: float
+    budget: float
+    working: float
+    column: float
+    differences: bool = False
+
+    def with_batches_of(self, examples: int) -> ProductCost:
+        """The cost with batches of another size: what is not as long as parameters scales.
+
+        Example:
+            >>> cost = ProductCost(1, 4, 4, 4, 10, 32, 9.0, 6.0, 6.0, 0.0, 0.0, 72.0, 4.0)
+            >>> half = cost.with_batches_of(16)
+            >>> half.batches, half.working, half.flops
+            (20, 40.0, 9.0)
+        """
+        scale = examples / self.examples
+        fixed = min(self.working, 2 * self.vector)
+        fixed_graph = min(self.graph, self.vector)
+        fixed_column = min(self.column, self.vector)
+        return replace(
+            self,
+            batches=-(-self.batches * self.examples // examples),
+            examples=examples,
+            working=fixed + (self.working - fixed) * scale,
+            graph=fixed_graph + (self.graph - fixed_graph) * scale,
+            column=fixed_column + (self.column - fixed_column) * scale,
+        )
+
+    def kept_batches(self, ranks: Ranks) -> int:
+        """How many batches of a rank keep their graphs between products."""
+        if self.graph == 0.0 or ranks.sharded:
+            return 0
+        return min(-(-self.batches // ranks.count), int(self.budget // self.graph))
+
+    def graphs(self, ranks: Ranks) -> float:
+        """Bytes of the graphs that a rank keeps."""
+        return self.kept_batches(ranks) * self.graph
+
+    def work(self, ranks: Ranks, calls: float, columns: int = 1, *, warm: bool = False) -> float:
+        """Work of products, one after the other, on a rank.
+
+        Args:
+            ranks: Who shares it.
+            calls: How many block products.
+            columns: ``K`` of each.
+            warm: Whether graphs were kept by products before.
+        """
+        here = max(1, -(-self.batches // ranks.count))
+        saved = (self.flops - self.again) * self.kept_batches(ranks) / here
+        again = self.flops - saved + (columns - 1) * self.further
+        first = 0.0 if warm or calls == 0 else saved
+        return ranks.share(self.batches) * (first + calls * again)
+
+    def memory(self, ranks: Ranks, columns: int = 1) -> float:
+        """Bytes that a block product needs beside its columns, on a rank, its result included."""
+        more = min(columns, COLUMNS) - 1
+        beyond = columns - 1 - more
+        if not ranks.sharded or ranks.count == 1:
+            return self.working + more * self.column + beyond * self.vector
+        activations = max(0.0, self.working - 2 * self.vector)
+        activations += more * max(0.0, self.column - self.vector)
+        return activations + 2 * self.layer + ranks.held((columns + 1) * self.vector)
+
+    def traffic(self, ranks: Ranks, columns: int = 1) -> float:
+        """Bytes that a rank sends for a block product."""
+        if not ranks.sharded:
+            return ranks.all_reduce(columns * self.vector)
+        if self.differences:
+            each = columns * (4 * self.parameters + 2 * self.vector)
+        else:
+            each = 3 * self.parameters + 2 * columns * self.vector
+        return -(-self.batches // ranks.count) * ranks.gather(each)
