@@ -169,16 +169,14 @@ class Plan(Result):
         return self.total / flops_per_second + sent
 
     def __repr__(self) -> str:
-        rows = [("phase", "work", "keeps", "works in", "sends")]
         traffic = self.traffic or (0.0,) * len(self.phases)
-        rows += [
-            (name, readable(flops, "FLOP"), *(readable(size, "B") for size in sizes))
-            for name, flops, *sizes in zip(
-                self.phases, self.flops, self.kept, self.working, traffic, strict=True
-            )
-        ]
+        columns = (self.kept, self.working, traffic)
+        rows = [["phase", "work", "keeps", "works in", "sends"]]
+        for i, (name, flops) in enumerate(zip(self.phases, self.flops, strict=True)):
+            sizes = (readable(column[i], "B") for column in columns)
+            rows.append([name, readable(flops, "FLOP"), *sizes])
         sent = readable(self.sent, "B")
-        rows.append(("all", readable(self.total, "FLOP"), "peak", readable(self.peak, "B"), sent))
+        rows.append(["all", readable(self.total, "FLOP"), "peak", readable(self.peak, "B"), sent])
         lines = [f"  {row[0]:<13}" + "".join(f"{x:>12}" for x in row[1:4]) for row in rows]
         if self.ranks == 1:
             return "\n".join(["Plan", *lines, *(f"  {note}" for note in self.notes)])

@@ -51,7 +51,9 @@ class ProductCost:
         budget: Bytes that kept graphs may hold.
         working: Bytes that a product with one column needs, its result included.
         column: Bytes that each further column adds, up to 16 columns; then a vector.
-        differences: Whether products are finite differences of gradients.
+        gathers: How often sharded parameters are gathered for a batch: for a product, and for each
+            column besides.
+        moves: How often a column's length is gathered or scattered for a batch.
     """
 
     size: int
@@ -67,7 +69,8 @@ class ProductCost:
     budget: float
     working: float
     column: float
-    differences: bool = False
+    gathers: tuple[float, float] = (3.0, 0.0)
+    moves: float = 2.0
 
     def with_batches_of(self, examples: int) -> ProductCost:
         """The cost with batches of another size: what is not as long as parameters scales.
@@ -130,8 +133,6 @@ class ProductCost:
         """Bytes that a rank sends for a block product."""
         if not ranks.sharded:
             return ranks.all_reduce(columns * self.vector)
-        if self.differences:
-            each = columns * (4 * self.parameters + 2 * self.vector)
-        else:
-            each = 3 * self.parameters + 2 * columns * self.vector
+        each = (self.gathers[0] + columns * self.gathers[1]) * self.parameters
+        each += self.moves * columns * self.vector
         return -(-self.batches // ranks.count) * ranks.gather(each)

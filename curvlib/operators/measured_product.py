@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,8 +84,38 @@ def measured_product(
         budget=budget,
         working=max(peak - graph, peak_again),
         column=max(peak_two - peak_again, vector),
-        differences=differences,
+        gathers=(0.0, 4.0) if differences else (3.0, 0.0),
     )
+
+
+def measured_gradient(risk: Risk, *, examples: int | None = None) -> ProductCost:
+    """The cost of a gradient on all data, from that of the first batch: one column alone.
+
+    Sharded, parameters are gathered for the forward and the backward pass, and the gradient is
+    scattered.
+
+    Raises:
+        ValueError: If the number of examples is not known, or there is no batch.
+
+    Example:
+        >>> import curvlib as cl
+        >>> x, y = torch.randn(64, 100), torch.randn(64, 100)
+        >>> risk = cl.Risk(torch.nn.Linear(100, 100), torch.nn.MSELoss(), [(x, y)] * 5)
+        >>> measured_gradient(risk).flops / (5 * 2 * 64 * 100 * 100)
+        2.0
+    """
+    size, dtype, device = risk.space.size, risk.space.dtype, risk.space.device
+
+    def make(part: Risk) -> LinearOperator:
+        return LinearOperator(
+            lambda columns: part.gradient()[:, None].expand(size, columns.shape[1]),
+            (size, size),
+            dtype=dtype,
+            device=device,
+        )
+
+    cost = measured_product(make, risk, examples=examples)
+    return replace(cost, graph=0.0, gathers=(2.0, 0.0), moves=1.0)
 
 
 class _Stream:
