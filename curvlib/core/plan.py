@@ -59,9 +59,13 @@ class Ranks:
         """Bytes that a rank holds of what is as long as the parameters."""
         return size / self.count if self.sharded else float(size)
 
+    def most(self, units: int) -> int:
+        """How many of ``units`` that cannot be split (examples, say) the busiest rank has."""
+        return -(-units // self.count)
+
     def share(self, units: int) -> float:
-        """Share of ``units`` that cannot be split (batches, say) that the busiest rank has."""
-        return -(-units // self.count) / max(1, units)
+        """Its share of them."""
+        return self.most(units) / units
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 r"""What products of an operator with columns cost, on one rank.
 
-With :math:`B` batches, of which the busiest of :math:`R` ranks has :math:`B_r = \lceil B / R
-\rceil`, :math:`v` bytes of a vector and :math:`p` bytes of the parameters, a product with
-:math:`K` columns takes
+With :math:`N` examples, of which the busiest of :math:`R` ranks has :math:`N_r = \lceil N / R
+\rceil` in :math:`B_r` batches, :math:`v` bytes of a vector and :math:`p` bytes of the parameters,
+a product with :math:`K` columns takes
 
 =============  ===================================  ========================================
 on one rank    data parallel                        sharded
 =============  ===================================  ========================================
-work           :math:`\frac{B_r}{B}` of all         the same, without graphs that are kept
+work           :math:`\frac{N_r}{N}` of all         the same, without graphs that are kept
 memory         :math:`w + (K - 1) w'`               :math:`w - 2 v + 2 \ell + (K - 1)
                                                     (w' - v) + \frac{(K + 1) v}{R}`
 graphs         :math:`\min(B_r g, M)`               none
@@ -42,7 +42,7 @@ class ProductCost:
         vector: Bytes of a vector.
         parameters: Bytes of the parameters.
         layer: Bytes of the largest layer's parameters.
-        batches: ``B``.
+        total: ``N``.
         examples: Examples of a batch.
         flops: Of a product with one column.
         further: Of each further column.
@@ -60,7 +60,7 @@ class ProductCost:
     vector: float
     parameters: float
     layer: float
-    batches: int
+    total: int
     examples: int
     flops: float
     further: float
@@ -72,13 +72,18 @@ class ProductCost:
     gathers: tuple[float, float] = (3.0, 0.0)
     moves: float = 2.0
 
+    def on(self, ranks: Ranks, examples: int | None = None) -> ProductCost:
+        """The cost with batches of another size, and of no more examples than a rank has."""
+        asked = self.examples if examples is None else examples
+        return self.with_batches_of(min(asked, ranks.most(self.total)))
+
     def with_batches_of(self, examples: int) -> ProductCost:
         """The cost with batches of another size: what is not as long as parameters scales.
 
         Example:
-            >>> cost = ProductCost(1, 4, 4, 4, 10, 32, 9.0, 6.0, 6.0, 0.0, 0.0, 72.0, 4.0)
+            >>> cost = ProductCost(1, 4, 4, 4, 320, 32, 9.0, 6.0, 6.0, 0.0, 0.0, 72.0, 4.0)
             >>> half = cost.with_batches_of(16)
-            >>> half.batches, half.working, half.flops
+            >>> half.batches(Ranks()), half.working, half.flops
             (20, 40.0, 9.0)
         """
         scale = examples / self.examples
@@ -87,18 +92,21 @@ class ProductCost:
         fixed_column = min(self.column, self.vector)
         return replace(
             self,
-            batches=-(-self.batches * self.examples // examples),
             examples=examples,
             working=fixed + (self.working - fixed) * scale,
             graph=fixed_graph + (self.graph - fixed_graph) * scale,
             column=fixed_column + (self.column - fixed_column) * scale,
         )
 
+    def batches(self, ranks: Ranks) -> int:
+        """Batches of the busiest rank."""
+        return -(-ranks.most(self.total) // self.examples)
+
     def kept_batches(self, ranks: Ranks) -> int:
         """How many batches of a rank keep their graphs between products."""
         if self.graph == 0.0 or ranks.sharded:
             return 0
-        return min(-(-self.batches // ranks.count), int(self.budget // self.graph))
+        return min(self.batches(ranks), int(self.budget // self.graph))
 
     def graphs(self, ranks: Ranks) -> float:
         """Bytes of the graphs that a rank keeps."""
@@ -113,11 +121,10 @@ class ProductCost:
             columns: ``K`` of each.
             warm: Whether graphs were kept by products before.
         """
-        here = max(1, -(-self.batches // ranks.count))
-        saved = (self.flops - self.again) * self.kept_batches(ranks) / here
+        saved = (self.flops - self.again) * self.kept_batches(ranks) / self.batches(ranks)
         again = self.flops - saved + (columns - 1) * self.further
         first = 0.0 if warm or calls == 0 else saved
-        return ranks.share(self.batches) * (first + calls * again)
+        return ranks.share(self.total) * (first + calls * again)
 
     def memory(self, ranks: Ranks, columns: int = 1) -> float:
         """Bytes that a block product needs beside its columns, on a rank, its result included."""
@@ -135,4 +142,4 @@ class ProductCost:
             return ranks.all_reduce(columns * self.vector)
         each = (self.gathers[0] + columns * self.gathers[1]) * self.parameters
         each += self.moves * columns * self.vector
-        return -(-self.batches // ranks.count) * ranks.gather(each)
+        return self.batches(ranks) * ranks.gather(each)

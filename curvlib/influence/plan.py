@@ -29,10 +29,14 @@ from curvlib.core.plan import Phase, Plan, Ranks
 from curvlib.core.risk import Risk
 from curvlib.influence.directions import MEMORY
 from curvlib.influence.scan import SAMPLE
-from curvlib.operators.fisher_diagonal import affordable_fisher
-from curvlib.operators.kfac_plan import dense_sides, fit_phases, one_pass, rows_bytes
-from curvlib.operators.known_examples import known_examples
-from curvlib.operators.layer_shapes import LayerShape, layer_shapes
+from curvlib.operators.kfac_plan import (
+    dense_sides,
+    fit_phases,
+    fit_settings,
+    one_pass,
+    rows_bytes,
+)
+from curvlib.operators.layer_shapes import LayerShape
 from curvlib.operators.query_directions import CHUNK, formed
 
 
@@ -84,9 +88,9 @@ def plan(
         >>> plan([layer], examples=10_000, queries=8, batch_size=32, k=10)
         Plan
           phase                work       keeps    works in
-          factors        5.33 GFLOP         0 B     33.3 kB
+          factors        5.33 GFLOP         0 B      297 kB
           eigenvectors   4.83 MFLOP     33.3 kB      101 kB
-          eigenvalues    6.66 GFLOP     16.6 kB      264 kB
+          eigenvalues    6.66 GFLOP     16.6 kB      528 kB
           queries        20.4 MFLOP      133 kB      399 kB
           scan           4.66 GFLOP     42.9 kB      797 kB
           all            16.7 GFLOP        peak     1.02 MB
@@ -154,16 +158,8 @@ def planned(
         >>> planned(risk, queries=3).settings["backward_passes"]
         2
     """
-    count = known_examples(risk) if examples is None else examples
-    if count is None:
-        raise ValueError("the data does not say how many examples it has; pass examples=")
-    shapes = layer_shapes(risk)
-    kind = affordable_fisher(risk) if fisher is None else fisher
-    passes = {"type2": max(1, shapes.outputs), "mc": samples, "empirical": 1}
-    if kind not in passes:
-        raise ValueError(f"fisher= is one of {', '.join(map(repr, passes))}, got {kind!r}")
-    own = {"batch_size": shapes.batch_size, "itemsize": risk.space.dtype.itemsize, **settings}
-    return plan(shapes.layers, examples=count, queries=queries, backward_passes=passes[kind], **own)
+    read = fit_settings(risk, fisher=fisher, samples=samples, examples=examples)
+    return plan(queries=queries, **{**read, **settings})
 
 
 def _queries(
@@ -224,6 +220,7 @@ def _scan(
     item: int,
 ) -> Phase:
     """The scan, with directions of some bytes (on a rank) and some scores of each query."""
+    batch = min(batch, ranks.most(N))
     work, most = 0.0, 0.0
     for s in layers:
         O, I, T = s.outputs, s.inputs, max(1, s.rows)  # noqa: E741
@@ -242,12 +239,11 @@ def _scan(
     activations = float(sum(batch * rows_bytes(s, item) for s in layers))
     best = float(Q * kept[1] * (8 + item))
     scores = best + Q * min(SAMPLE, N) * item + min(SAMPLE, N) * 8
-    batches = -(-N // batch)
     sent = ranks.gather(ranks.count * best)
     if ranks.sharded:
         each = 2.0 * sum(s.size for s in layers) * item + kept[0] * ranks.count
-        sent += -(-batches // ranks.count) * ranks.gather(each)
-    return Phase("scan", ranks.share(batches) * work, scores, activations + most, sent)
+        sent += -(-ranks.most(N) // batch) * ranks.gather(each)
+    return Phase("scan", ranks.share(N) * work, scores, activations + most, sent)
 
 
 def _directions_bytes(layers: Sequence[LayerShape], Q: int, rank: int, item: int) -> int:

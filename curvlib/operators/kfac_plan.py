@@ -1,7 +1,7 @@
 r"""Phases of a fit of Kronecker factors before it runs: see :mod:`curvlib.core.plan`.
 
 From the shapes of layers alone, with ``T`` rows of an example in a layer of ``O`` outputs and ``I``
-inputs (a bias's column included), ``N`` training examples in ``B`` batches, and ``c`` backward
+inputs (a bias's column included), ``N`` training examples, and ``c`` backward
 passes of an example for the Fisher matrix:
 
 =============  =====================================  ==========================  =================
@@ -25,10 +25,14 @@ the same bits; sharded ones factorize and keep their part, and gather parameters
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from curvlib.core.plan import Phase, Ranks
+from curvlib.core.risk import Risk
+from curvlib.operators.fisher_diagonal import affordable_fisher
 from curvlib.operators.kfac_squares import route
-from curvlib.operators.layer_shapes import LayerShape
+from curvlib.operators.known_examples import known_examples
+from curvlib.operators.layer_shapes import LayerShape, layer_shapes
 
 #: What can be fitted without forming a matrix.
 CURVATURES = ("ekfac", "kfac", "diagonal", "identity")
@@ -70,17 +74,19 @@ def fit_phases(
     if curvature == "identity":
         return
     N, c, item = examples, backward_passes, itemsize
-    batches = -(-N // batch_size)
-    share = ranks.share(batches)
-    rows = float(max((batch_size * rows_bytes(s, item) for s in layers), default=0))
+    share, batch = ranks.share(N), min(batch_size, ranks.most(N))
+    here = -(-ranks.most(N) // batch)  # batches of a rank
+    rows = float(max((batch * rows_bytes(s, item) for s in layers), default=0))
+    activations = float(sum(batch * rows_bytes(s, item) for s in layers))
     passes = N * sum((1.0 + c) * one_pass(s) for s in layers)
     values = float(sum(s.size for s in layers) * item)
-    here = -(-batches // ranks.count)
     gathered = here * ranks.gather((1 + c) * values) if ranks.sharded else 0.0
     if curvature == "diagonal":
         squares = sum(N * c * 2.0 * s.rows * s.size for s in layers)
         work = share * (passes + squares)
-        yield Phase("diagonal", work, ranks.held(values), rows, gathered + _sum(values, ranks))
+        yield Phase(
+            "diagonal", work, ranks.held(values), activations + rows, gathered + _sum(values, ranks)
+        )
         return
     own = [s for s in layers if s.covered]
     moments = sum(
@@ -92,7 +98,7 @@ def fit_phases(
     yield Phase(
         "factors",
         share * (passes + moments),
-        working=ranks.held(factors),
+        working=ranks.held(factors) + activations,
         traffic=gathered + _sum(factors, ranks),
     )
     widest = max((max(dense_sides(s), default=0) for s in own), default=0)
@@ -110,7 +116,38 @@ def fit_phases(
     again = passes + sum(N * _squares(s, c) for s in own)
     sent = gathered + (here * ranks.gather(bases) if ranks.sharded else 0.0)
     kept = ranks.held(values)
-    yield Phase("eigenvalues", share * again, kept, rows, sent + _sum(values, ranks))
+    yield Phase("eigenvalues", share * again, kept, activations + rows, sent + _sum(values, ranks))
+
+
+def fit_settings(
+    risk: Risk, *, fisher: str | None = None, samples: int = 1, examples: int | None = None
+) -> dict[str, Any]:
+    """What :func:`fit_phases` takes, by name; shapes come from a forward pass of the first batch.
+
+    Args:
+        risk: Model, loss, data and parameters.
+        fisher: ``"type2"``, ``"mc"`` or ``"empirical"``; as influence chooses when omitted.
+        samples: Sampled targets, for ``"mc"``.
+        examples: ``N``, where the data does not say.
+
+    Raises:
+        ValueError: If the number of examples is not known, or the Fisher matrix is unknown.
+    """
+    count = known_examples(risk) if examples is None else examples
+    if count is None:
+        raise ValueError("the data does not say how many examples it has; pass examples=")
+    shapes = layer_shapes(risk)
+    kind = affordable_fisher(risk) if fisher is None else fisher
+    passes = {"type2": max(1, shapes.outputs), "mc": samples, "empirical": 1}
+    if kind not in passes:
+        raise ValueError(f"fisher= is one of {', '.join(map(repr, passes))}, got {kind!r}")
+    return {
+        "layers": shapes.layers,
+        "examples": count,
+        "batch_size": shapes.batch_size,
+        "backward_passes": passes[kind],
+        "itemsize": risk.space.dtype.itemsize,
+    }
 
 
 def one_pass(s: LayerShape) -> float:

@@ -49,8 +49,8 @@ def measured_product(
         >>> x, y = torch.randn(64, 100), torch.randn(64, 100)
         >>> risk = cl.Risk(torch.nn.Linear(100, 100), torch.nn.MSELoss(), [(x, y)] * 5)
         >>> cost = measured_product(cl.hessian, risk)
-        >>> cost.batches, cost.examples, cost.vector, cost.flops / (5 * 2 * 64 * 100 * 100)
-        (5, 64, 40400, 4.0)
+        >>> cost.total, cost.examples, cost.vector, cost.flops / (5 * 2 * 64 * 100 * 100)
+        (320, 64, 40400, 4.0)
     """
     found = known_examples(risk) if examples is None else examples
     if found is None:
@@ -67,19 +67,18 @@ def measured_product(
     graph = max(0, left - vector)
     again, peak_again, _ = _measured(op, 1)
     two, peak_two, _ = _measured(op, 2)
-    batches = -(-found // count)
-    total = found / count
+    scale = found / count
     sizes = dict(zip(space.names, _parameter_bytes(risk), strict=True))
     return ProductCost(
         size=space.size,
         vector=vector,
         parameters=sum(sizes.values()),
         layer=max(sum(sizes[name] for name in names) for names in space.layers().values()),
-        batches=batches,
+        total=found,
         examples=count,
-        flops=total * flops,
-        further=total * (two - again),
-        again=total * again,
+        flops=scale * flops,
+        further=scale * (two - again),
+        again=scale * again,
         graph=graph,
         budget=budget,
         working=max(peak - graph, peak_again),

@@ -68,10 +68,10 @@ def window_phases(
     sums = ranks.all_reduce(8.0 * parts * m) if ranks.sharded else 0.0
     sent = gradient.traffic(ranks)
     if ranks.sharded:
-        sent /= -(-gradient.batches // ranks.count)  # of one batch
+        sent /= gradient.batches(ranks)  # of one batch
     yield Phase(
         "row",
-        gradient.flops / gradient.batches + own,
+        gradient.flops * gradient.examples / gradient.total + own,
         working=gradient.memory(ranks) + vector + block,
         traffic=sent + sums,
     )
