@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from curvlib.core.operator import LinearOperator
-from curvlib.core.plan import Phase, Plan, Ranks
+from curvlib.core.plan import Phase, Plan, Ranks, fitting
 from curvlib.core.product_cost import ProductCost
 from curvlib.core.risk import Risk
 from curvlib.estimators.plan import (
@@ -40,7 +41,8 @@ def planned(risk: Risk, what: str, *, make: Make = hessian, **settings: Any) -> 
             :func:`curvlib.ggn`, ...
         settings: ``ranks``, ``sharded``, ``examples`` (where the data does not say), ``batch_size``
             (when another than the data's), and those of the computation (``k``, ``steps``,
-            ``probes``, ``products``, ``method``, ``size``, ``queries``, ``rank``, ...): see
+            ``probes``, ``products``, ``method``, ``size``, ``queries``, ``rank``, ...; ``memory``
+            is that of the operator, for kept graphs): see
             :mod:`curvlib.estimators.plan`, :mod:`curvlib.operators.window_plan`,
             :mod:`curvlib.operators.kfac_plan` and :func:`curvlib.influence.planned`.
 
@@ -84,6 +86,60 @@ def planner(
     return partial(_fit if what == "kfac" else _influence, read)
 
 
+#: What may be lowered, with its default, or changed, in each computation.
+KNOBS: dict[str, dict[str, Any]] = {
+    "spectrum": {"k": 10, "steps": 64, "probes": 2, "memory": (0,)},
+    "eigenpairs": {"k": 6, "memory": (0,)},
+    "density": {"steps": 64, "probes": 2, "memory": (0,)},
+    "trace": {"products": 100, "block": 8, "method": ("hutchinson",), "memory": (0,)},
+    "diagonal": {"products": 100, "block": 8, "method": ("hutchinson",), "memory": (0,)},
+    "solve": {"columns": 1, "method": ("cg",), "memory": (0,)},
+    "mfac": {"size": 32, "dtype": (torch.bfloat16,), "storage": ("cpu",)},
+    "kfac": {"curvature": ("diagonal",)},
+    "influence": {"queries": 1, "rank": (64, 32, 16, 8, 4, 2, 1)},
+}
+
+
+def what_fits(
+    make: Callable[..., Plan], what: str, settings: dict[str, Any], available: float
+) -> list[dict[str, Any]]:
+    """Changes to settings with which a computation fits, each by itself.
+
+    Args:
+        make: Makes the plan of some settings: :func:`planner`.
+        what: What is computed.
+        settings: Those with which it does not fit.
+        available: Bytes that a rank has.
+
+    Returns:
+        The largest smaller value of a number, or another value, of one setting; where none does,
+        of several that are halved together, as often as it takes; and the least number of ranks
+        (a power of two) over which to shard.
+
+    Example:
+        >>> import torch, curvlib as cl
+        >>> x, y = torch.randn(50, 8), torch.randn(50, 2)
+        >>> make = planner(cl.Risk(torch.nn.Linear(8, 2), torch.nn.MSELoss(), (x, y)), "mfac")
+        >>> what_fits(make, "mfac", {"size": 1000}, 8_060_000)
+        [{'size': 999}, {'dtype': torch.bfloat16}, {'sharded': True, 'ranks': 2}]
+    """
+    knobs: dict[str, Any] = {}
+    for name, value in KNOBS[what].items():
+        knobs[name] = settings.get(name, value) if isinstance(value, int) else value
+    if "queries" not in knobs:  # whose batches are others
+        knobs["batch_size"] = make(**settings).settings["batch_size"]
+    found = [{k: v} for k, v in fitting(partial(make, **settings), knobs, available).items()]
+    numbers = {name: value for name, value in knobs.items() if isinstance(value, int)}
+    halved = [{k: max(1, v >> i) for k, v in numbers.items()} for i in range(1, 20)]
+    if not found:
+        fits = (way for way in halved if make(**{**settings, **way}).peak <= available)
+        found = [way for way in [next(fits, None)] if way is not None]
+    more = [2**i for i in range(1, 13) if 2**i > settings.get("ranks", 1)]
+    shard = partial(make, **{**settings, "sharded": True})
+    ranks = fitting(shard, {"ranks": more}, available)
+    return found + [{"sharded": True, **ranks} for _ in ranks]
+
+
 #: Settings that the measurement needs already.
 _MEASURED_WITH = ("examples", "fisher", "samples")
 Phases = Callable[..., list[Phase]]
@@ -97,10 +153,12 @@ def _estimate(
     ranks: int = 1,
     sharded: bool = False,
     batch_size: int | None = None,
+    memory: int | None = None,
     **settings: Any,
 ) -> Plan:
     world = Ranks(ranks, sharded)
     own = cost.on(world, batch_size)
+    own = own if memory is None else replace(own, budget=memory)
     graphs = graphs_phase(own, world)
     found = [*([graphs] if graphs.kept else []), *phases(op, own, world, **settings)]
     data = f"the first {cost.examples} of {cost.total} examples"
@@ -176,7 +234,8 @@ def _window(
     phases = window_phases(own, world, size=size, dtype=stored, **settings)
     name = str(stored).removeprefix("torch.")
     notes = [f"measured: the gradient of the first batch ({gradient.examples} examples)"]
-    return Plan.of(phases, world, {**settings, "size": size, "dtype": name}, notes)
+    kept = {**settings, "size": size, "dtype": name, "batch_size": own.examples}
+    return Plan.of(phases, world, kept, notes)
 
 
 def _fit(read: dict[str, Any], *, ranks: int = 1, sharded: bool = False, **settings: Any) -> Plan:

@@ -10,7 +10,8 @@ on one rank    data parallel                        sharded
 work           :math:`\frac{N_r}{N}` of all         the same, without graphs that are kept
 memory         :math:`w + (K - 1) w'`               :math:`w - 2 v + 2 \ell + (K - 1)
                                                     (w' - v) + \frac{(K + 1) v}{R}`
-graphs         :math:`\min(B_r g, M)`               none
+graphs         :math:`\min(B_r g, M)`, and :math:`g`  :math:`g`
+               while one is not kept
 traffic        :math:`2 \frac{R - 1}{R} K v`        :math:`B_r \frac{R - 1}{R} (3 p + 2 K v)`,
                                                     or :math:`B_r \frac{R - 1}{R} K (4 p + 2 v)`
                                                     by finite differences
@@ -130,9 +131,11 @@ class ProductCost:
         """Bytes that a block product needs beside its columns, on a rank, its result included."""
         more = min(columns, COLUMNS) - 1
         beyond = columns - 1 - more
+        lasting = self.kept_batches(ranks) == self.batches(ranks)
+        one = self.working + (0.0 if lasting else self.graph)
         if not ranks.sharded or ranks.count == 1:
-            return self.working + more * self.column + beyond * self.vector
-        activations = max(0.0, self.working - 2 * self.vector)
+            return one + more * self.column + beyond * self.vector
+        activations = max(0.0, one - 2 * self.vector)
         activations += more * max(0.0, self.column - self.vector)
         return activations + 2 * self.layer + ranks.held((columns + 1) * self.vector)
 
