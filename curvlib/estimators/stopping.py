@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlib.core.exhausted import names_what_fits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.run import Progress, Report, run
 from curvlib.estimators.probes import LAWS, fill_probes, generator_of
@@ -118,20 +119,23 @@ class Plan:
         problem: Callable[[], str] | None = None,
     ) -> S:
         """:func:`curvlib.core.run.run` with this plan's operator, file and bar."""
-        return run(
-            init,
-            step,
-            state_type=state_type,
-            done=done,
-            report=report,
-            title=f"{title} of {self.op.name}",
-            checkpoint=self.checkpoint,
-            problem=problem or self.op.fingerprint,
-            settings=settings,
-            device=self.op.device,
-            save_every=self.save_every,
-            progress=self.progress,
-        )
+        name = f"{title} of {self.op.name}"
+        sketch = self.limit if "x" in title or "++" in title else None
+        with names_what_fits(name, {"sketch": sketch, "block": self.block}):
+            return run(
+                init,
+                step,
+                state_type=state_type,
+                done=done,
+                report=report,
+                title=name,
+                checkpoint=self.checkpoint,
+                problem=problem or self.op.fingerprint,
+                settings=settings,
+                device=self.op.device,
+                save_every=self.save_every,
+                progress=self.progress,
+            )
 
 
 def plan(
