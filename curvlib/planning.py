@@ -71,9 +71,12 @@ def planner(
 ) -> Callable[..., Plan]:
     """:func:`planned` as a function of settings, so that what it measures is measured once.
 
+    In a process group it works alone, and takes what its risk has for all data.
+
     Raises:
         ValueError: If there is no such computation.
     """
+    risk = risk.alone()
     if what in _ESTIMATES:
         cost = measured_product(make, risk, examples=examples)
         return partial(_estimate, _ESTIMATES[what], make(risk), cost)

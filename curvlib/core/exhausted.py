@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -101,6 +101,24 @@ def run_names_what_fits(run: F) -> F:
             return run(*args, **kwargs)
 
     return running  # type: ignore[return-value]
+
+
+@contextmanager
+def pass_names_what_fits(
+    reading: Callable[[], tuple[int, int] | None], arranged: AbstractContextManager[None]
+) -> Iterator[None]:
+    """Enters what a pass over the data arranges; errors name the batch, and its examples."""
+
+    def place() -> str:
+        at = reading()
+        return "a pass over the data" if at is None else f"batch {at[0]} of a pass over the data"
+
+    def settings() -> dict[str, int]:
+        at = reading()
+        return {} if at is None else {"batch": at[1]}
+
+    with names_what_fits(place, settings), arranged:
+        yield
 
 
 def _explains_itself(error: BaseException) -> bool:

@@ -26,6 +26,7 @@ from curvlib.core.exhausted import names_what_fits
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
+    from curvlib.core.group import Group
     from curvlib.core.space import ParamSpace
 
 Matmat = Callable[[Tensor], Tensor]
@@ -52,6 +53,7 @@ class LinearOperator:
             the operator has one: see :meth:`differentiable_matmat`.
         restrict: Returns the operator of a subset of the parameters (given by name) where
             that is cheaper than a submatrix.
+        group: The processes that have to multiply together, each by the same columns.
 
     Example:
         >>> import torch
@@ -77,6 +79,7 @@ class LinearOperator:
         identity: str | Callable[[], str] = "",
         restrict: Callable[[tuple[str, ...]], LinearOperator] | None = None,
         differentiable: Matmat | None = None,
+        group: Group | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -93,6 +96,7 @@ class LinearOperator:
         self.psd = psd
         self.space = space
         self.name = name
+        self.group = group
         self._product = matmat
         self._transposed_product = matmat if self.symmetric else rmatmat
         self._identity = identity
@@ -336,6 +340,7 @@ class LinearOperator:
             "space": self.space,
             "name": self.name,
             "identity": self.fingerprint,
+            "group": self.group,
         }
         return LinearOperator(matmat, **(settings | changes))
 

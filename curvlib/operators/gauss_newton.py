@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from curvlib.core.batch import Batch
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly, derivative, pieces
@@ -89,6 +90,7 @@ def gauss_newton(
         name=name,
         identity=lambda: f"{risk.fingerprint()}|{identity}",
         restrict=lambda names: rebuild(risk.part(names)),
+        group=risk.group,
     )
 
 
@@ -110,7 +112,7 @@ class _Product:
 
     def __call__(self, columns: Tensor) -> Tensor:
         self.cache.begin()
-        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns))
+        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _build(self, batch: Batch) -> OutputGraph:
         if not self.reverse:
@@ -172,9 +174,9 @@ class _Product:
             return None
         try:
             return compute()
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as error:
+            if is_exhausted(error):
+                raise
             self._forward_failed = error
             self.reverse = True  # an error that is the model's own comes again, and is raised
             self.cache = GraphCache(self.risk, self.cache.budget, self._build)
@@ -185,9 +187,9 @@ def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
     """``J V`` of one batch, ``[K, *output.shape]``, by the route that the model allows."""
     try:
         return _tangents(batch, vectors)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError) as error:
+        if is_exhausted(error):
+            raise
         # no forward-mode derivative; an error that is the model's own comes again, and is raised
         graph = _pullback_graph(batch)
         if once_differentiable([g for _, g in graph.pullback]):

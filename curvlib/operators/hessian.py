@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.check import central_difference
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
@@ -84,6 +85,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         identity=risk.fingerprint,
         restrict=lambda names: hessian(risk.part(names), method=method, memory=memory),
         differentiable=differentiable,
+        group=risk.group,
     )
 
 
@@ -121,9 +123,9 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
                         [vectors[i].to(g.dtype) for i, g in gradients],
                         retain_graph=kept or piece.stop < columns.shape[1],
                     )
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:
+                    if is_exhausted(error):
+                        raise
                     raise RuntimeError(
                         f"the gradient of batch {batch.index} cannot be differentiated again: "
                         f"{error}; use curvlib.ggn(risk), which needs first derivatives only, or "
@@ -132,7 +134,7 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
             space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
         return out
 
-    return risk.accumulate(add)
+    return risk.accumulate(add, columns)
 
 
 def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
         return product if total is None else total + product
 
     with PrimitiveNorms():  # the third derivatives of the native ones are wrong
-        return risk.accumulate(add)
+        return risk.accumulate(add, columns)
 
 
 def _difference(risk: Risk, columns: Tensor) -> Tensor:
@@ -168,4 +170,4 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
             out[:, k].add_(central_difference(batch, columns[:, k]), alpha=batch.scale)
         return out
 
-    return risk.accumulate(add)
+    return risk.accumulate(add, columns)

@@ -59,7 +59,7 @@ def measured_product(
     if first is None:
         raise ValueError("the data has no batch, so that nothing can be measured")
     count = max(1, example_count(Batch(risk, 0, first)))
-    part = risk.on(_Stream(first) if risk.in_memory is None else [first])
+    part = risk.alone().on(_Stream(first) if risk.in_memory is None else [first])
     op = make(part)
     space = risk.space
     flops, peak, left = _measured(op, 1)
