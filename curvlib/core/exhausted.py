@@ -19,15 +19,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Settings that take memory, by the names that callers give them, and what takes less.
 LESS = {
-    "basis": "a smaller basis= or k=",
-    "rank": "a lower rank=",
-    "preconditioner": "a preconditioner= of lower rank",
-    "block": "fewer vectors at a time (block=)",
-    "reorthogonalize": "reorthogonalize=False, or fewer steps= or probes=",
-    "sketch": "fewer probes=, or method='hutchinson', which keeps no sketch",
-    "columns": "fewer columns at a time",
-    "graphs": "memory=0 of the operator, which keeps no graphs",
-    "batch": "smaller batches",
+    "batch": "smaller batches (now {} examples)",
+    "columns": "fewer columns at a time (now {})",
+    "graphs": "memory=0 of the operator, which then keeps no graphs",
+    "basis": "a smaller basis= (now {}) or k=",
+    "rank": "a lower rank= (now {})",
+    "preconditioner": "a preconditioner= of lower rank (now {})",
+    "block": "fewer vectors at a time (block=, now {})",
+    "reorthogonalize": "reorthogonalize=False, fewer steps= or fewer probes=",
+    "sketch": "fewer probes= (now {}), or method='hutchinson', which keeps none",
 }
 _ASKED = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTP]i?B))", re.IGNORECASE)
 #: Attribute of errors that have been explained: where they were, and which settings there are.
@@ -66,8 +66,8 @@ def names_what_fits(
         >>> with names_what_fits("low rank of Hessian", {"rank": 64, "seed": 0}):
         ...     raise MemoryError("unable to allocate 3 GiB")
         Traceback (most recent call last):
-        MemoryError: out of memory in low rank of Hessian, which asked for 3 GiB; what would fit:
-        a lower rank= (now 64); `curvlib plan` says how much of it
+        MemoryError: out of memory in low rank of Hessian, which asked for 3 GiB. To make it
+        fit: a lower rank= (now 64). `curvlib plan` says which values fit
     """
     try:
         yield
@@ -77,15 +77,15 @@ def names_what_fits(
         where = place if isinstance(place, str) else place()
         own = settings if isinstance(settings, Mapping) else settings()
         places, ways = getattr(error, _MARK, ((), ()))
-        places = (where, *(p for p in places if p != where))
+        places = (where, *(p for p in places if p != where))  # from the outside in
         ways = (*ways, *(way for way in _ways(own) if way not in ways))
         first = (error.__cause__ or error) if hasattr(error, _MARK) else error
         asked = _ASKED.search(str(first))
         wanted = f", which asked for {asked[1]}" if asked else f" ({_short(first)})"
-        fits = ", or ".join(ways) or "a part of the parameters (params= of the risk)"
+        fits = "; ".join(ways) or "fewer parameters (params= of the risk)"
         told = _kind(error)(
-            f"out of memory in {', in '.join(places)}{wanted}; what would fit: {fits}; "
-            "`curvlib plan` says how much of it"
+            f"out of memory in {', in '.join(places)}{wanted}. To make it fit: {fits}. "
+            "`curvlib plan` says which values fit"
         )
         setattr(told, _MARK, (places, ways))
         raise told from first
@@ -137,10 +137,8 @@ def _kind(error: BaseException) -> Callable[[str], BaseException]:
 def _ways(settings: Mapping[str, Any]) -> Iterator[str]:
     for name, words in LESS.items():
         value = settings.get(name)
-        if value is True:
-            yield words
-        elif isinstance(value, int) and value > 1:
-            yield f"{words} (now {value})"
+        if value is True or (type(value) is int and value > 1):
+            yield words.format(value)
 
 
 def _short(error: BaseException) -> str:

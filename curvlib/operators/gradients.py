@@ -125,7 +125,8 @@ def _batched_rows(batch: Batch, value: Value, extra: Tensor | None) -> Tensor | 
             rows = per_example(params, batch.data, extra)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         if is_exhausted(error):
-            raise  # fewer rows at a time are the user's to ask for; one by one would be silently slow
+            # fewer rows at a time are the user's to ask for; one by one would be silently slow
+            raise
         return None  # errors that are the model's own come again in the loop
     return risk.space.join(list(rows.values()), columns=batch.examples).mT
 
