@@ -10,10 +10,10 @@ on one rank    data parallel                        sharded
 work           :math:`\frac{N_r}{N}` of all         the same, without graphs that are kept
 memory         :math:`w + (K - 1) w'`               :math:`w - 2 v + 2 \ell + (K - 1)
                                                     (w' - v) + \frac{(K + 1) v}{R}`
-graphs         :math:`\min(B_r g, M)`, and :math:`g`  :math:`g`
-               while one is not kept
-traffic        :math:`2 \frac{R - 1}{R} K v`        :math:`B_r \frac{R - 1}{R} (3 p + 2 K v)`,
-                                                    or :math:`B_r \frac{R - 1}{R} K (4 p + 2 v)`
+graphs         :math:`\min(B_r g, M)`, and          :math:`g`
+               :math:`g` while one is not kept
+traffic        :math:`2 \frac{R - 1}{R} K v`, and    :math:`B_r \frac{R - 1}{R} (3 p + 2 K v)`,
+               a header of 19 numbers               or :math:`B_r \frac{R - 1}{R} K (4 p + 2 v)`
                                                     by finite differences
 =============  ===================================  ========================================
 
@@ -30,6 +30,8 @@ from dataclasses import dataclass, replace
 
 from curvlib.core.plan import Ranks
 
+#: Bytes of the header of a pass: see :mod:`curvlib.core.group`.
+HEADER = 8 * 19
 #: Columns that are done at once at most, so that memory for more is that of the vectors alone.
 COLUMNS = 16
 
@@ -142,7 +144,7 @@ class ProductCost:
     def traffic(self, ranks: Ranks, columns: int = 1) -> float:
         """Bytes that a rank sends for a block product."""
         if not ranks.sharded:
-            return ranks.all_reduce(columns * self.vector)
+            return ranks.all_reduce(columns * self.vector) + (ranks.count - 1) * HEADER
         each = (self.gathers[0] + columns * self.gathers[1]) * self.parameters
         each += self.moves * columns * self.vector
         return self.batches(ranks) * ranks.gather(each)
