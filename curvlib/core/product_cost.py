@@ -48,11 +48,13 @@ class ProductCost:
         total: ``N``.
         examples: Examples of a batch.
         flops: Of a product with one column.
+        second: What a second column adds, for which another route may be taken.
         further: Of each further column.
         again: Of a product with one column while all graphs are kept.
         graph: Bytes that a batch's graph keeps between products; 0 where none is kept.
         budget: Bytes that kept graphs may hold.
         working: Bytes that a product with one column needs, its result included.
+        pair: Bytes that a second column adds.
         column: Bytes that each further column adds, up to 16 columns; then a vector.
         gathers: How often sharded parameters are gathered for a batch: for a product, and for each
             column besides.
@@ -66,11 +68,13 @@ class ProductCost:
     total: int
     examples: int
     flops: float
+    second: float
     further: float
     again: float
     graph: float
     budget: float
     working: float
+    pair: float
     column: float
     gathers: tuple[float, float] = (3.0, 0.0)
     moves: float = 2.0
@@ -84,7 +88,9 @@ class ProductCost:
         """The cost with batches of another size: what is not as long as parameters scales.
 
         Example:
-            >>> cost = ProductCost(1, 4, 4, 4, 320, 32, 9.0, 6.0, 6.0, 0.0, 0.0, 72.0, 4.0)
+            >>> cost = ProductCost(
+            ...     1, 4, 4, 4, 320, 32, 9.0, 6.0, 6.0, 6.0, 0.0, 0.0, 72.0, 4.0, 4.0
+            ... )
             >>> half = cost.with_batches_of(16)
             >>> half.batches(Ranks()), half.working, half.flops
             (20, 40.0, 9.0)
@@ -92,13 +98,17 @@ class ProductCost:
         scale = examples / self.examples
         fixed = min(self.working, 2 * self.vector)
         fixed_graph = min(self.graph, self.vector)
-        fixed_column = min(self.column, self.vector)
+        each = {}
+        for name in ("pair", "column"):
+            size = getattr(self, name)
+            own = min(size, self.vector)
+            each[name] = own + (size - own) * scale
         return replace(
             self,
             examples=examples,
             working=fixed + (self.working - fixed) * scale,
             graph=fixed_graph + (self.graph - fixed_graph) * scale,
-            column=fixed_column + (self.column - fixed_column) * scale,
+            **each,
         )
 
     def batches(self, ranks: Ranks) -> int:
@@ -125,20 +135,24 @@ class ProductCost:
             warm: Whether graphs were kept by products before.
         """
         saved = (self.flops - self.again) * self.kept_batches(ranks) / self.batches(ranks)
-        again = self.flops - saved + (columns - 1) * self.further
+        again = self.flops - saved
+        if columns > 1:
+            again += self.second + (columns - 2) * self.further
         first = 0.0 if warm or calls == 0 else saved
         return ranks.share(self.total) * (first + calls * again)
 
     def memory(self, ranks: Ranks, columns: int = 1) -> float:
         """Bytes that a block product needs beside its columns, on a rank, its result included."""
-        more = min(columns, COLUMNS) - 1
-        beyond = columns - 1 - more
         lasting = self.kept_batches(ranks) == self.batches(ranks)
         one = self.working + (0.0 if lasting else self.graph)
+        beyond = max(0, columns - COLUMNS)
+        more = 0.0
+        if columns > 1:
+            more = self.pair + (columns - 2 - beyond) * self.column
         if not ranks.sharded or ranks.count == 1:
-            return one + more * self.column + beyond * self.vector
+            return one + more + beyond * self.vector
         activations = max(0.0, one - 2 * self.vector)
-        activations += more * max(0.0, self.column - self.vector)
+        activations += max(0.0, more - (columns - 1 - beyond) * self.vector)
         return activations + 2 * self.layer + ranks.held((columns + 1) * self.vector)
 
     def traffic(self, ranks: Ranks, columns: int = 1) -> float:

@@ -34,7 +34,9 @@ from curvlib.core.product_cost import ProductCost
 from curvlib.estimators import diagonal, thick_restart, trace
 from curvlib.estimators.density import BASIS_BYTES
 from curvlib.estimators.eigenpairs import buffer_size
+from curvlib.estimators.lanczos import SCRATCH_BYTES
 from curvlib.estimators.rows import chunk_length
+from curvlib.estimators.solve_state import PERIOD
 from curvlib.estimators.stopping import DEFAULT_PRODUCTS, whole
 
 #: Probes that advance together in :func:`curvlib.trace` and :func:`curvlib.diagonal`.
@@ -42,8 +44,9 @@ BLOCK = 8
 #: Points of the grid in :func:`curvlib.density`.
 POINTS = 1024
 #: Blocks as large as the right-hand sides that a solver holds beside a product: the right-hand
-#: sides in units of their norms, the solutions, and what an iteration remembers and makes.
-SOLVE_BLOCKS = {"cg": 7, "minres": 9, "neumann": 5}
+#: sides in units of their norms, the solutions, and what an iteration remembers and makes; and with
+#: what it remembers twice, when true residuals are measured on the way.
+SOLVE_BLOCKS = {"cg": (7, 11), "minres": (9, 16), "neumann": (5, 9)}
 
 
 def graphs_phase(cost: ProductCost, ranks: Ranks) -> Phase:
@@ -70,10 +73,9 @@ def eigenpairs_phase(
     Example:
         >>> import torch
         >>> op = LinearOperator(lambda V: V, (1000, 1000), dtype=torch.float32, symmetric=True)
-        >>> none = ProductCost(1000, 4000, 4000, 4000, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        >>> found = eigenpairs_phase(op, none, Ranks(), k=10)
-        >>> found.kept / 4000, found.working / 4000  # the pairs, and the basis
-        (10.0, 40.0)
+        >>> none = ProductCost(1000, 4000, 4000, 4000, 1, 1, *9 * [0.0])
+        >>> eigenpairs_phase(op, none, Ranks(), k=10).kept / 4000
+        10.0
     """
     n, vector = op.shape[0], ranks.held(cost.vector)
     k = min(whole("k", k), n)
@@ -85,14 +87,15 @@ def eigenpairs_phase(
     restarts = max(0.0, (count - k - m) / (m / 2))
     own = 8.0 * n * m * count + restarts * n * m**2
     product = max(cost.memory(ranks, block), cost.memory(ranks, wide))
+    scratch = min(1.25 * SCRATCH_BYTES, 12.0 * m * vector / op.dtype.itemsize)
     coefficients = ranks.all_reduce(3 * m * op.dtype.itemsize) if ranks.sharded else 0.0
     traffic = max(0, count - k) / block * cost.traffic(ranks, block)
     return Phase(
         "eigenpairs",
         work + _divided(own, ranks),
         kept=k * vector,
-        # two more vectors for residuals; the pairs are copied when nothing is multiplied any more
-        working=m * vector + max(0.0, product + 2 * vector - k * vector),
+        # the pairs are copied when nothing is multiplied or rotated any more
+        working=m * vector + max(k * vector, product + 2 * vector, scratch) - k * vector,
         traffic=traffic + k / wide * cost.traffic(ranks, wide) + count * coefficients,
     )
 
@@ -176,14 +179,15 @@ def solve_phase(
         names = ", ".join(map(repr, SOLVE_BLOCKS))
         raise ValueError(f"method= is one of {names}, got {chosen!r}")
     rows = whole("columns", columns) * ranks.held(cost.vector)
-    count = whole("iterations", iterations) + 1  # one measures the residuals
+    blocks = SOLVE_BLOCKS[chosen][whole("iterations", iterations) > PERIOD]
+    count = iterations + 1  # one measures the residuals
     sums = ranks.all_reduce(4 * columns * 8) if ranks.sharded else 0.0
     return Phase(
         "solve",
         cost.work(ranks, count, columns, warm=True)
         + _divided(12.0 * op.shape[0] * columns * count, ranks),
         kept=rows,
-        working=(SOLVE_BLOCKS[chosen] - 1) * rows + cost.memory(ranks, columns),
+        working=(blocks - 1) * rows + cost.memory(ranks, columns),
         traffic=count * (cost.traffic(ranks, columns) + sums),
     )
 
@@ -209,7 +213,9 @@ def _sampled(
     wide = min(whole("block", block), probes)
     calls = budget / wide
     held = copies * probes + (0 if method in ("xdiag", "xnysdiag", "xnystrace") else wide)
-    chunk = chunk_length(op.device) * 16.0 * probes if "xnys" in method else 0.0
+    entries = min(chunk_length(op.device), n)  # of each vector at a time, in float64
+    each = {"xnystrace": 24.0 * probes, "xnysdiag": 16.0 * probes}
+    chunk = entries * each.get(method, 10.0 * (probes + wide)) if copies else 0.0
     own = 8.0 * n * probes**2 if copies else 4.0 * n * budget
     kept = 2.0 * vector if name == "diagonal" else 0.0
     more = vector if kept and method == "hutchinson" else 0.0

@@ -1,4 +1,4 @@
-"""What an operator's products cost, measured by three of them on the first batch alone."""
+"""What an operator's products cost, measured by some of them on the first batch alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curvlib.core.allocations import Allocations
 from curvlib.core.batch import Batch
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.operator import LinearOperator
 from curvlib.core.product_cost import ProductCost
 from curvlib.core.risk import Risk
@@ -30,9 +31,10 @@ def measured_product(
     """The cost of products of an operator on all data, from its products on the first batch.
 
     A product with one column, another one (on the graph that the first has kept, for data in
-    memory) and one with two columns. Work is what ``torch.utils.flop_counter`` counts: matrix
-    products, convolutions and attention, not what is done entry by entry. Memory is that of all
-    tensors at once, but not what kernels allocate inside. Other batches are taken to be alike.
+    memory), and products with two and three columns, as far as there is memory for them. Work is
+    what ``torch.utils.flop_counter`` counts: matrix products, convolutions and attention, not what
+    is done entry by entry. Memory is that of all tensors at once, but not what kernels allocate
+    inside. Other batches are taken to be alike.
 
     Args:
         make: The operator of a risk, such as :func:`curvlib.hessian`.
@@ -66,7 +68,17 @@ def measured_product(
     vector = space.size * space.dtype.itemsize
     graph = max(0, left - vector)
     again, peak_again, _ = _measured(op, 1)
-    two, peak_two, _ = _measured(op, 2)
+    steps = [(again, vector)]  # of work and memory, by each column more
+    before = (again, peak_again)
+    try:
+        for columns in (2, 3):
+            more = _measured(op, columns)
+            steps.append((more[0] - before[0], more[1] - before[1]))
+            before = more[:2]
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+    second, further = steps[min(1, len(steps) - 1)], steps[-1]
     scale = found / count
     sizes = dict(zip(space.names, _parameter_bytes(risk), strict=True))
     return ProductCost(
@@ -77,12 +89,14 @@ def measured_product(
         total=found,
         examples=count,
         flops=scale * flops,
-        further=scale * (two - again),
+        second=scale * second[0],
+        further=scale * further[0],
         again=scale * again,
         graph=graph,
         budget=budget,
         working=max(peak - graph, peak_again),
-        column=max(peak_two - peak_again, vector),
+        pair=max(second[1], vector),
+        column=max(further[1], vector),
         gathers=(0.0, 4.0) if differences else (3.0, 0.0),
     )
 

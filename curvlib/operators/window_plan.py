@@ -53,7 +53,7 @@ def window_phases(
         ValueError: If a number is not positive.
 
     Example:
-        >>> cost = ProductCost(1000, 4000, 4000, 4000, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        >>> cost = ProductCost(1000, 4000, 4000, 4000, 1, 1, *9 * [0.0])
         >>> next(window_phases(cost, Ranks(), size=10)).kept
         40800.0
     """

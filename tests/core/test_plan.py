@@ -16,11 +16,13 @@ COST = ProductCost(
     total=100,
     examples=10,
     flops=900.0,
+    second=700.0,
     further=600.0,
     again=600.0,
     graph=7000.0,
     budget=1e6,
     working=20_000.0,
+    pair=5000.0,
     column=6000.0,
 )
 PHASES = [Phase("a", 3e9, kept=1e6, working=5e6, traffic=2e3), Phase("b", 1e9, 2e6, 1e6, 0.0)]
@@ -71,9 +73,9 @@ def test_products_in_one_process():
     assert COST.graphs(one) == 70_000
     assert COST.work(one, 3) == 900 + 2 * 600  # the first builds the graphs
     assert COST.work(one, 3, warm=True) == 3 * 600
-    assert COST.work(one, 2, columns=3, warm=True) == 2 * (600 + 2 * 600)
-    assert COST.memory(one, 3) == 20_000 + 2 * 6000
-    assert COST.memory(one, 18) == 20_000 + 15 * 6000 + 2 * 4000  # 16 at once
+    assert COST.work(one, 2, columns=3, warm=True) == 2 * (600 + 700 + 600)
+    assert COST.memory(one, 3) == 20_000 + 5000 + 6000
+    assert COST.memory(one, 18) == 20_000 + 5000 + 14 * 6000 + 2 * 4000  # 16 at once
     assert COST.traffic(one) == 0.0
 
 
@@ -96,6 +98,8 @@ def test_products_of_ranks():
     assert COST.work(sharded, 3) == 0.25 * 3 * 900
     # activations, two layers, and a share of two vectors
     assert COST.memory(sharded) == 27_000 - 2 * 4000 + 2 * 500 + 2 * 4000 / 4
+    three = 27_000 - 8000 + (5000 + 6000 - 2 * 4000) + 2 * 500 + 4 * 4000 / 4
+    assert COST.memory(sharded, 3) == three
     assert COST.traffic(sharded, 2) == 3 * 3 / 4 * (3 * 2000 + 2 * 2 * 4000)
     differences = ProductCost(**{**vars(COST), "gathers": (0.0, 4.0)})
     assert differences.traffic(sharded, 2) == 3 * 3 / 4 * 2 * (4 * 2000 + 2 * 4000)
@@ -106,7 +110,7 @@ def test_smaller_batches():
     assert half.batches(Ranks()) == 20
     assert half.working == 8000 + 12_000 / 2  # two vectors stay as they are
     assert half.graph == 4000 + 3000 / 2
-    assert half.column == 4000 + 2000 / 2
+    assert (half.pair, half.column) == (4000 + 1000 / 2, 4000 + 2000 / 2)
     assert COST.on(Ranks(50)).examples == 2  # a rank has no more
     assert COST.on(Ranks(), 4).examples == 4
 
