@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Settings that take memory, by the names that callers give them, and what takes less.
 LESS = {
     "batch": "smaller batches (now {} examples)",
+    "rows": "fewer examples at a time (block=, now {})",
     "columns": "fewer columns at a time (now {})",
     "graphs": "memory=0 of the operator, which then keeps no graphs",
     "basis": "a smaller basis= (now {}) or k=",

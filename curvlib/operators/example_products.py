@@ -24,7 +24,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
-from curvlib.core.exhausted import is_exhausted
+from curvlib.core.exhausted import is_exhausted, names_what_fits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly
@@ -154,7 +154,8 @@ def _stream(risk: Risk, kind: str, block: int, skipped: int) -> Iterator[Example
             count = batch.examples
         passed, skipped = min(skipped, count), max(0, skipped - count)
         for start in range(passed, count, block):
-            with risk.untouched():
+            told = names_what_fits("products of examples", {"rows": min(block, count)})
+            with told, risk.untouched():
                 indices = torch.arange(start, min(start + block, count))
                 part = chosen_examples(batch, indices)
                 ones = [chosen_examples(part, slice(i, i + 1)) for i in range(len(indices))]

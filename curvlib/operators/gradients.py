@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
-from curvlib.core.exhausted import is_exhausted
+from curvlib.core.exhausted import is_exhausted, names_what_fits
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly
 
@@ -67,7 +67,8 @@ def _stream(risk: Risk, block: int) -> Iterator[Tensor]:
             count = batch.examples
         total = risk.space.empty().zero_()
         for start in range(0, count, block):
-            with risk.untouched():
+            told = names_what_fits("rows of gradients", {"rows": min(block, count)})
+            with told, risk.untouched():
                 part = chosen_examples(batch, slice(start, min(start + block, count)))
                 rows, batched = example_gradients(part, example_loss, batched=batched)
             if expected is not None:

@@ -14,6 +14,7 @@ from torch import nn
 import curvlib as cl
 from curvlib.core.exhausted import is_exhausted, names_what_fits
 from curvlib.core.run import run
+from curvlib.operators.example_products import example_products
 
 CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
 ERRORS = {
@@ -91,7 +92,15 @@ def test_an_estimate_says_where_and_what_takes_less(kind):
             ["a preconditioner= of lower rank (now 7)"],
         ),
         (lambda r: cl.kfac(r, progress=False), ["in K-FAC", "smaller batches (now 32"]),
-        (lambda r: list(cl.gradient_rows(r, 8)), ["smaller batches (now 32"]),
+        (
+            lambda r: list(cl.gradient_rows(r, 8)),
+            ["smaller batches (now 32", "a time (block=, now"],
+        ),
+        (lambda r: list(cl.gradients(r, block=5)), ["fewer examples at a time (block=, now 5)"]),
+        (
+            lambda r: list(example_products(r, block=6)),
+            ["in products of examples", "fewer examples at a time (block=, now 6)"],
+        ),
         (cl.influence.Influence.of, ["smaller batches (now 32"]),
     ],
 )
@@ -128,6 +137,34 @@ def test_fallbacks_are_not_taken_for_want_of_memory():
     own = cl.Risk(model, lambda out, y: (Heavy.apply(out) - y).square().mean(), data)
     with pytest.raises(RuntimeError, match="^out of memory in a product of Hessian, in batch 0"):
         cl.hessian(own) @ torch.ones(6)
+
+
+class Once(Greedy):
+    """A network that runs out of memory once: whatever goes another way is not stopped by it."""
+
+    def forward(self, x):
+        self.calls -= 1
+        if self.calls == -1:
+            raise self.error
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda r: cl.ggn(r) @ torch.ones(21, 1),
+        lambda r: cl.ggn(r) @ torch.ones(21, 2),
+        lambda r: list(cl.gradients(r, block=4)),
+        lambda r: list(example_products(r, block=4)),
+    ],
+)
+def test_want_of_memory_is_not_taken_for_want_of_derivatives(use, calls):
+    x, y = torch.ones(8, 6), torch.arange(8) % 3
+    model = Once(RuntimeError(CPU), calls)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    with pytest.raises(RuntimeError, match="^out of memory in "):
+        use(cl.Risk(model, nn.CrossEntropyLoss(), data))
 
 
 def test_other_errors_and_own_refusals_pass_as_they_are():
