@@ -38,8 +38,6 @@ _OTHER = {
     *("target", "what", "run", "seed", "params", "device", "dtype", "debug", "available"),
     *("examples", "fisher", "samples"),
 }
-#: What settings are called where the option has another name.
-_NAMES = {"dtype": "--rows", "memory": "memory= of the operator"}
 
 
 def add_parser(commands: Any) -> None:
@@ -57,7 +55,7 @@ def add_parser(commands: Any) -> None:
         own = kinds.add_parser(what, help=words, description=f"What it takes: {words}.")
         _add_settings(own, what)
         add = own.add_argument
-        add("--ranks", type=count, default=1, metavar="R", help="processes (default: 1)")
+        add("--ranks", type=count, metavar="R", help="processes (default: 1, or the launcher's)")
         add("--sharded", action="store_true", help="parameters are divided among them (FSDP2)")
         add("--batch-size", type=count, metavar="B", help="examples of a batch, if others")
         add("--examples", type=count, metavar="N", help="of the data, where it does not say")
@@ -129,6 +127,7 @@ def _settings(args: argparse.Namespace, risk: Risk) -> tuple[str, dict[str, Any]
         for name, value in vars(args).items()
         if name not in _OTHER and value is not None
     }
+    found.setdefault("ranks", 1 if risk.group is None else risk.group.size)
     if args.what == "mfac":
         stored = found.pop("rows", None)
         return "mfac", found | ({} if stored is None else {"dtype": getattr(torch, stored)})
@@ -155,12 +154,19 @@ def _advice(found: Sequence[dict[str, Any]]) -> str:
     """One line for what would fit."""
     if not found:
         return "no setting makes it fit: take part of the parameters with --params"
-    return f"what would fit: {', or '.join(' '.join(map(_option, way.items())) for way in found)}"
+    return (
+        f"what would fit: {', or '.join(' with '.join(map(_option, way.items())) for way in found)}"
+    )
 
 
 def _option(setting: tuple[str, Any]) -> str:
     name, value = setting
-    if name == "sharded":
-        return "--sharded"
     shown = str(value).removeprefix("torch.")
-    return f"{_NAMES.get(name, '--' + name.replace('_', '-'))} {shown}"
+    words = {
+        "sharded": "--sharded",
+        "dtype": f"--rows {shown}",
+        "batch_size": f"batches of {shown} examples",
+        "memory": f"memory={shown} of the operator, in Python",
+        "block": f"block={shown}, in Python",
+    }
+    return words.get(name, f"--{name} {shown}")

@@ -30,6 +30,11 @@ LESS = {
     "reorthogonalize": "reorthogonalize=False, fewer steps= or fewer probes=",
     "sketch": "fewer probes= (now {}), or method='hutchinson', which keeps none",
 }
+#: How errors begin, or what they say, that have no class of their own; not those that quote one.
+_FULL = re.compile(
+    r"out of memory in |[^a-z]*(CUDA|HIP|MPS|XPU|Cuda|Hip)\b.{0,20}out of memory"
+    r"|.*DefaultCPUAllocator: .*(can't|not enough|cannot)"
+)
 _ASKED = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTP]i?B))", re.IGNORECASE)
 #: Attribute of errors that have been explained: where they were, and which settings there are.
 _MARK = "_curvlib_exhausted"
@@ -44,9 +49,7 @@ def is_exhausted(error: BaseException) -> bool:
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-    )
+    return isinstance(error, RuntimeError) and _FULL.match(str(error)) is not None
 
 
 @contextmanager

@@ -217,6 +217,10 @@ def test_errors_of_numpy():
 def test_what_is_exhausted():
     assert all(is_exhausted(make()) for make in ERRORS.values())
     assert is_exhausted(RuntimeError("CUDA error: out of memory"))
+    assert is_exhausted(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
+    assert is_exhausted(RuntimeError("[x] . DefaultCPUAllocator: not enough memory: you tried to"))
+    quoted = "rank 1 of 2 failed in a pass over its data: RuntimeError: out of memory in batch 3"
+    assert not is_exhausted(RuntimeError(quoted))
     assert not is_exhausted(RuntimeError("cannot be differentiated"))
     assert not is_exhausted(KeyboardInterrupt())
 
