@@ -8,6 +8,7 @@ from curvlib.core.kronecker import Kronecker
 from curvlib.core.linear_cross_entropy import LinearCrossEntropy
 from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
+from curvlib.core.plan import Plan
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.core.shards import shard
@@ -44,6 +45,7 @@ from curvlib.operators.jacobian import jacobian, ntk
 from curvlib.operators.kfac import KFAC, kfac
 from curvlib.operators.mfac import MFAC, mfac, mfac_window
 from curvlib.operators.rows import gradient_rows
+from curvlib.planning import planned
 from curvlib.pruning.prune import prune
 from curvlib.pruning.result import PruneResult
 
@@ -73,6 +75,7 @@ __all__ = [
     "NegativeCurvatureError",
     "ParamSpace",
     "Partition",
+    "Plan",
     "PruneResult",
     "Result",
     "Risk",
@@ -108,6 +111,7 @@ __all__ = [
     "mfac_window",
     "ntk",
     "optim",
+    "planned",
     "prune",
     "pruning",
     "rates",

@@ -16,12 +16,17 @@ from torch import Tensor
 Blocks = tuple[Tensor, ...]
 
 
+def chunk_length(device: torch.device) -> int:
+    """Entries of a vector that are worked on at once: on a CPU, as many as stay in cache."""
+    return 2**14 if device.type == "cpu" else 2**19
+
+
 def spans(like: Tensor) -> Iterator[slice]:
     """Slices that cover the columns of rows ``[k, n]``, so that copies of them stay small.
 
     On a CPU they fit its caches, on other devices they keep it busy.
     """
-    length, chunk = like.shape[-1], 2**14 if like.device.type == "cpu" else 2**19
+    length, chunk = like.shape[-1], chunk_length(like.device)
     for start in range(0, max(length, 1), chunk):
         yield slice(start, min(start + chunk, length))
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlib.core.exhausted import names_what_fits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.run import Progress, Report, run
 from curvlib.estimators.philox import draw_keys
@@ -124,21 +125,24 @@ class Plan:
         problem: Callable[[], str] | None = None,
     ) -> S:
         """:func:`curvlib.core.run.run` with this plan's operator, file and bar."""
-        return run(
-            init,
-            step,
-            state_type=state_type,
-            done=done,
-            report=report,
-            title=f"{title} of {self.op.name}",
-            checkpoint=self.checkpoint,
-            problem=problem or self.op.fingerprint,
-            settings=settings,
-            device=self.op.device,
-            save_every=self.save_every,
-            progress=self.progress,
-            group=self.op.group,
-        )
+        name = f"{title} of {self.op.name}"
+        sketch = self.limit if "x" in title or "++" in title else None
+        with names_what_fits(name, {"sketch": sketch, "block": self.block}):
+            return run(
+                init,
+                step,
+                state_type=state_type,
+                done=done,
+                report=report,
+                title=name,
+                checkpoint=self.checkpoint,
+                problem=problem or self.op.fingerprint,
+                settings=settings,
+                device=self.op.device,
+                save_every=self.save_every,
+                progress=self.progress,
+                group=self.op.group,
+            )
 
 
 def plan(

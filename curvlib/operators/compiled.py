@@ -113,7 +113,7 @@ class CompiledProduct:
         if risk.loss.linear is not None:
             raise ValueError(
                 "compile= records products of an output, and LinearCrossEntropy never holds all "
-                "logits; leave compile= out, or use torch.nn.CrossEntropyLoss and the model's logits"
+                "logits; leave compile= out, or use torch.nn.CrossEntropyLoss and a model of logits"
             )
         self.risk = risk
         self.form = form

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvlib.core.batch import Batch
 from curvlib.core.chunked_logits import Logits
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly, derivative, pieces
@@ -219,9 +220,9 @@ class _Product:
             return None
         try:
             return compute()
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as error:
+            if is_exhausted(error):
+                raise
             self._forward_failed = error
             self.reverse = True  # an error that is the model's own comes again, and is raised
             self.cache = GraphCache(self.risk, self.cache.budget, self._build)
@@ -262,9 +263,9 @@ def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
     """``J V`` of one batch, ``[K, *output.shape]``, by the route that the model allows."""
     try:
         return _tangents(batch, vectors)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError) as error:
+        if is_exhausted(error):
+            raise
         # no forward-mode derivative; an error that is the model's own comes again, and is raised
         graph = _pullback_graph(batch)
         if once_differentiable([g for _, g in graph.pullback]):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.check import central_difference
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
@@ -158,9 +159,9 @@ class _Product:
                         [vectors[i].to(g.dtype) for i, g in gradients],
                         retain_graph=kept or piece.stop < columns.shape[1],
                     )
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:
+                    if is_exhausted(error):
+                        raise
                     raise RuntimeError(
                         f"the gradient of batch {batch.index} cannot be differentiated again: "
                         f"{error}; use curvlib.ggn(risk), which needs first derivatives only, or "
