@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvlib as cl
+from curvlib.operators.input_grams import input_grams
 from tests.distributed.failures import message
 
 F64 = torch.float64
@@ -198,3 +199,11 @@ def refused(rank: int, size: int, folder: str) -> dict[str, str]:
             lambda: cl.influence.proximal_response(risk, [0], risk.alone(), damping=0.1)
         ),
     }
+
+
+def grams(rank: int, size: int) -> dict[str, Tensor]:
+    found = input_grams(risks(rank, size)["images"])
+    out = {
+        f"{name} {part}": getattr(g, part) for name, g in found.items() for part in ("gram", "mean")
+    }
+    return out | {f"{name} count": torch.tensor(g.count) for name, g in found.items()}
