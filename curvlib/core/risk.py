@@ -229,7 +229,9 @@ class Risk:
         return self._with(self.data, [named[name] for name in self.space.names], model)
 
     def alone(self) -> Risk:
-        """The risk of this rank's shard, which does not communicate."""
+        """The risk of this rank's shard, which does not communicate; itself in one process."""
+        if self.group is None:
+            return self
         out = self._with(self.data, list(self.params.values()), group=False)
         out.draws = self.draws
         return out
