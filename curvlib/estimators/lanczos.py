@@ -85,13 +85,15 @@ def orthonormalize(
     before = norms(new, spread)
     _project_out_all(rows[:size], new, deflate, total, spread)
     after = norms(new, spread)
-    lengths = torch.stack([before, after]).cpu().double()
+    # the device is waited for once, unless a pass has to be repeated
+    read = torch.cat([total.flatten(), before, after]).cpu().double()
+    C, lengths = read[: total.numel()].view(total.shape), read[total.numel() :].view(2, count)
     if not bool(torch.isfinite(lengths).all()):
         raise FloatingPointError("a vector has an entry that is not finite")
     again = bool((lengths[1] < 0.7 * lengths[0]).any())
     if again:
         _project_out_all(rows[:size], new, deflate, total, spread)
-    C = total.cpu().double()
+        C = total.cpu().double()
     R = torch.zeros((keep, count), dtype=torch.float64)
     accepted = 0
     for column in range(count):
@@ -100,10 +102,17 @@ def orthonormalize(
         if accepted == keep:
             break
         if accepted and norm > floor:
-            for _ in range(2):
-                h = project_out(rows[size : size + accepted], row[None], spread)
-                R[:accepted, column] += h[:, 0].cpu().double()
-        if accepted or again:
+            known_rows = rows[size : size + accepted]
+            passes = [project_out(known_rows, row[None], spread)[:, 0] for _ in range(2)]
+            first, second, length = (
+                torch.cat([*passes, norms(row[None], spread)])
+                .cpu()
+                .double()
+                .split([accepted, accepted, 1])
+            )
+            R[:accepted, column] = first + second
+            norm = float(length)
+        elif accepted or again:
             norm = float(norms(row[None], spread))
         if norm <= floor:
             continue
@@ -171,7 +180,7 @@ def rotate(rows: Tensor, start: int, stop: int, S: Tensor) -> None:
     """
     length, kept = S.shape
     chunk = max(1024, SCRATCH_BYTES // (8 * (length + kept)))
-    left = S.T.contiguous().to(rows.device)
+    left = S.T.contiguous().to(rows.device, non_blocking=True)
     for first in range(0, rows.shape[1], chunk):
         part = rows[start:stop, first : first + chunk]
         rows[start : start + kept, first : first + chunk] = (left @ part.double()).to(rows.dtype)

@@ -1,6 +1,8 @@
 r"""Random probes: columns ``w`` with :math:`E[w w^\top] = I`, from explicit generators.
 
-Nothing here touches torch's global random state.
+Nothing here touches torch's global random state. The signs of Rademacher probes are bits that the
+generator draws, or (:func:`fill_signs`) follow from a key by position, so that kernels can make
+them again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from curvlib.core.random import generator_of
 from curvlib.core.spread import Spread
+from curvlib.estimators.philox import BITS, words
+from curvlib.estimators.probe_kernels import ProbeKernels
 from curvlib.estimators.rows import norms
 
 __all__ = ["LAWS", "fill_probes", "generator_of", "probes"]
@@ -68,18 +72,24 @@ def fill_probes(
     if law not in LAWS:
         raise ValueError(f"unknown law of probes {law!r}; there are {', '.join(LAWS)}")
     if law == "rademacher":
-        signs = _signs_of_bytes(rows.dtype, rows.device)
         for row in rows:
             if spread is None:
-                _fill_signs(row, signs, generator)
+                _fill_signs(row, generator)
             else:
-                spread.fill(row, lambda chunk: _fill_signs(chunk, signs, generator))
+                spread.fill(row, lambda chunk: _fill_signs(chunk, generator))
         return
     for row in rows:
         fill_normal(row, generator, spread)
         if law == "sphere":
             size = row.shape[0] if spread is None else spread.size
             row.mul_(size**0.5 / norms(row[None], spread)[0])
+
+
+def _fill_signs(row: Tensor, generator: torch.Generator) -> None:
+    """Random signs from the bits of random words: one draw for 64 of them."""
+    drawn = torch.empty((row.shape[0] + 63) // 64, dtype=torch.int64, device=row.device)
+    drawn.random_(-(2**63), None, generator=generator)
+    _write_signs(row, drawn)
 
 
 def fill_normal(row: Tensor, generator: torch.Generator, spread: Spread | None = None) -> None:
@@ -99,15 +109,28 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
         return (1 - 2 * bits).to(dtype)
 
 
-def _fill_signs(row: Tensor, signs: Tensor, generator: torch.Generator) -> None:
-    """Random signs from the bits of random words: one draw for 64 of them."""
-    n = row.shape[0]
-    words = torch.empty((n + 63) // 64, dtype=torch.int64, device=row.device)
-    words.random_(-(2**63), None, generator=generator)
-    chosen = words.view(torch.uint8).int()
+def fill_signs(rows: Tensor, keys: Tensor, kernels: ProbeKernels | None = None) -> None:
+    """Overwrites rows ``[K, n]`` with the Rademacher probes of keys ``[K]``, on any device.
+
+    Args:
+        rows: Each contiguous, of any floating-point type.
+        keys: int64, on the rows' device.
+        kernels: What writes them in one pass, where it can be had.
+    """
+    if kernels is not None:
+        kernels.fill(rows, keys)
+        return
+    for row, bits in zip(rows, words(keys, -(-rows.shape[1] // BITS)), strict=True):
+        _write_signs(row, bits.flatten())
+
+
+def _write_signs(row: Tensor, bits: Tensor) -> None:
+    """Signs from the bits of integers, the lowest of the first one first."""
+    signs, n = _signs_of_bytes(row.dtype, row.device), row.shape[0]
+    chosen = bits.view(torch.uint8)[: -(-n // 8)].int()
     whole = n // 8
     if whole:
         out = row[: 8 * whole].unflatten(0, (whole, 8))
         torch.index_select(signs, 0, chosen[:whole], out=out)
     if n % 8:
-        row[8 * whole :] = signs[int(chosen[whole]), : n % 8]
+        row[8 * whole :] = torch.index_select(signs, 0, chosen[whole:])[0, : n % 8]
