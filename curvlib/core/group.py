@@ -32,6 +32,10 @@ from torch import Tensor
 GroupChoice = Any
 
 
+class NoAnswerError(RuntimeError):
+    """Another rank has ended, hangs, or takes another path."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Some ranks of ``torch.distributed``, at least two.
@@ -199,7 +203,7 @@ class Group:
         try:
             yield
         except RuntimeError as error:  # torch.distributed.DistError is one, and gloo's are plain
-            raise RuntimeError(
+            raise NoAnswerError(
                 f"rank {self.rank} of {self.size} got no answer in {what}: another rank has ended, "
                 "hangs, or takes another path through the program. Look at the first error among "
                 "the ranks' outputs; a run with checkpoint= goes on from its last save. A longer "

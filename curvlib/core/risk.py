@@ -63,6 +63,9 @@ class Risk:
     Args:
         model: The model. It is left bitwise as it is: parameters, gradients, buffers, mode,
             ``requires_grad`` and hooks. Put it into ``eval()`` mode yourself if that is meant.
+            Its parameters may be sharded over the ranks of ``group`` (FSDP2's ``fully_shard``, or
+            ``distribute_tensor`` along one axis): ``params`` and :attr:`space` are then this
+            rank's slices, and ``space.gather`` makes whole vectors.
         loss: Module or function of ``(output, target)``, returning a scalar. PyTorch's
             cross-entropy, NLL, MSE and BCE-with-logits (modules, functions, ``functools.partial``)
             are normalized exactly; any other is taken to be a mean over examples unless it, or
@@ -385,7 +388,7 @@ class Risk:
             RuntimeError: If a parameter of the model was replaced since the risk was made.
         """
         if self.places:
-            sharded.reshard(self.model)
+            sharded.refresh(self.model, self.places)
         for module, key, name in self._owners:
             if module._parameters.get(key) is not self._held[name]:
                 raise RuntimeError(

@@ -97,6 +97,21 @@ def places_of(model: nn.Module, group: Group | None) -> dict[int, Place]:
     return places
 
 
+def refresh(model: nn.Module, places: Mapping[int, Place]) -> None:
+    """Reshards a model, and lets slices follow parameters whose memory has moved.
+
+    FSDP2 moves it at the first forward pass, where slices have to be padded.
+    """
+    reshard(model)
+    for p in model.parameters():
+        place = places.get(id(p))
+        if place is not None:
+            with torch.no_grad():
+                own: Tensor = p.detach().to_local()  # type: ignore[attr-defined]
+            if own.data_ptr() != place.leaf.data_ptr():
+                place.leaf.data = own
+
+
 def spread_of(params: Mapping[str, Tensor], places: Mapping[int, Place]) -> Spread | None:
     """How vectors in the space of some parameters lie over ranks; ``None`` if they are whole.
 
@@ -214,6 +229,7 @@ class Regather(TorchFunctionMode):
         super().__init__()
         self.places = dict(places)
         self.saved = 0
+        self.suspended = False  # by torch.autograd.grad, as modes are while a function runs
         self._whole: dict[StorageWeakRef, Place] = {}  # gathered tensors that are alive, or were
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -226,7 +242,39 @@ class Regather(TorchFunctionMode):
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
             if name == "__set__" or attribute not in _VALUES:
                 return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.suspended = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.suspended = False
         return func(*tree_map(self._value, args), **tree_map(self._value, kwargs))
+
+    @contextmanager
+    def resumed_in(self, model: nn.Module) -> Iterator[None]:
+        """A block in which modules that run within a backward pass (checkpointing) gather too."""
+        entered: list[bool] = []
+
+        def before(*_: Any) -> None:
+            entered.append(self.suspended)
+            if self.suspended:
+                self.suspended = False
+                self.__enter__()  # type: ignore[no-untyped-call]
+
+        def after(*_: Any) -> None:
+            if entered.pop():
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                self.suspended = True
+
+        handles: list[Any] = []
+        try:
+            for module in model.modules():
+                handles.append(module.register_forward_pre_hook(before, prepend=True))
+                handles.append(module.register_forward_hook(after, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _value(self, item: Any) -> Any:
         place = self.places.get(id(item)) if isinstance(item, Tensor) else None
@@ -282,6 +330,7 @@ def gathering(model: nn.Module, places: Mapping[int, Place]) -> Iterator[Regathe
     with ExitStack() as stack:
         stack.enter_context(_without_sharding_hooks(model))
         mode = Regather(places)
+        stack.enter_context(mode.resumed_in(model))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(mode.pack, mode.unpack))
         stack.enter_context(mode)
         yield mode

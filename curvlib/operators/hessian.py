@@ -25,6 +25,7 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.check import central_difference
 from curvlib.core.exhausted import is_exhausted
+from curvlib.core.group import NoAnswerError
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
@@ -164,7 +165,7 @@ class _Product:
                         retain_graph=kept or piece.stop < columns.shape[1],
                     )
                 except RuntimeError as error:
-                    if is_exhausted(error):
+                    if is_exhausted(error) or isinstance(error, NoAnswerError):
                         raise
                     raise RuntimeError(
                         f"the gradient of batch {batch.index} cannot be differentiated again: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,12 +23,14 @@ from torch.utils._pytree import tree_leaves
 import curvlib as cl
 from curvlib.core import spread
 from curvlib.core.group import Group
+from curvlib.core.shards import part_of
 from curvlib.influence.influence import Influence
 from curvlib.influence.refined import refined
 from curvlib.operators.mfac_operator import MFAC
 from curvlib.operators.window import Window
 from curvlib.optim import AdaHessian, NewtonCG
 from curvlib.rates.batch_sharpness import batch_sharpness
+from tests.cases import build
 from tests.distributed.work import F64, batches, net, uneven
 
 
@@ -506,3 +510,73 @@ def _stopping(product: Any, after: int) -> Any:
         return out
 
     return stopped
+
+
+AWKWARD = (
+    "encoder train",
+    "sdpa",
+    "embedding",
+    "tied",
+    "called twice",
+    "convolutions",
+    "untouched",
+    "checkpointed",
+    "weight norm",
+    "frozen",
+    "hf target",
+    "custom weight",
+    "ce soft weighted smooth",
+)
+
+
+def awkward(rank: int, size: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """Products of awkward models, and those that one process has."""
+    found = {}
+    for name in names:
+        answers = []
+        for parts in {1, size}:
+            case = build(name)
+            settings = case.settings | ({} if case.names is None else {"params": case.names})
+            data = case.data if parts == 1 else part_of(case.data, rank, size)
+            if parts > 1:
+                fully_shard(case.model, mesh=mesh())
+            group = None if parts > 1 else False
+            risk = cl.Risk(case.model, case.loss, data, group=group, **settings)
+            V = columns(risk, 2)
+            products = [risk.gradient()[:, None], cl.hessian(risk) @ V, cl.ggn(risk) @ V]
+            answers.append([risk.space.gather(product) for product in products])
+        found[name] = [(a - b).norm() / (b.norm() + 1e-9) for a, b in zip(*answers, strict=True)]
+    return found
+
+
+def trained(rank: int, size: int) -> list[float]:
+    """A risk that was made before FSDP's first pass follows training; the same without FSDP."""
+    values = []
+    for model in (sharded_net(), net()):
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        x, y = batches()[0]
+        risk = cl.Risk(model, nn.CrossEntropyLoss(), [(x, y)], group=None if sharded else False)
+        before = float(risk.value())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        values += [before, float(risk.value()), risk.space.norm(risk.gradient())]
+    return values
+
+
+def left_alone(rank: int, size: int) -> str:
+    """What a rank says when another one dies in the middle of a second derivative."""
+    risk = cl.Risk(sharded_net(), nn.CrossEntropyLoss(), few(rank, size))
+    gather, passed = Group.joined, [0]
+
+    def joined(self: Group, block: torch.Tensor) -> torch.Tensor:
+        passed[0] += 1
+        if rank == 0 and passed[0] == 14:  # 8 forward, 4 backward: then comes the second one
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(self, block)
+
+    H, b = cl.hessian(risk), columns(risk, 1)
+    Group.joined = joined  # type: ignore[method-assign]
+    return _said(lambda: H @ b)

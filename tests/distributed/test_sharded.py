@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import sharded_work as work
 from tests.problems import error
-from tests.ranks import on_ranks
+from tests.ranks import Pool, on_ranks
 
 WORK = "tests.distributed.sharded_work:"
 
@@ -48,6 +48,20 @@ def test_windows_are_those_of_one_process(size: int) -> None:
             assert torch.equal(other[name], found[0][name]), name
     # pushing a row: m numbers; solving for it: none; two columns: 2 m, and 2 where rows are rounded
     assert found[0]["sent"].tolist() == [4, 8, 4, 8, 2, 4, 8, 2]
+
+
+def test_products_of_awkward_models_are_those_of_one_process() -> None:
+    for found in on_ranks(WORK + "awkward", 2, work.AWKWARD):
+        assert found.keys() == set(work.AWKWARD)
+        for name, errors in found.items():
+            assert max(errors) < 1e-10, (name, errors)
+
+
+def test_a_risk_follows_training() -> None:
+    for found in on_ranks(WORK + "trained", 2):
+        sharded, whole = found[:3], found[3:]
+        assert abs(whole[0] - whole[1]) > 0.01
+        assert sharded == pytest.approx(whole, abs=1e-12)
 
 
 def test_no_rank_holds_a_whole_vector_and_the_model_is_left_as_found() -> None:
@@ -146,3 +160,15 @@ def test_runs_go_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     rows.unlink()
     with pytest.raises(ValueError, match="absent or damaged.*all processes have to see one folder"):
         work.resumed(0, 1, str(folders["one"]), 0)
+
+
+def test_a_rank_that_is_gone_ends_the_others() -> None:
+    pool = Pool(2)
+    try:
+        pool.start(WORK + "left_alone", ())
+        said = [process.stdout.readline().strip() for process in pool.processes if process.stdout]
+        told = torch.load(pool.folder / "1.1.pt", weights_only=False)
+    finally:
+        pool.close()
+    assert said[0] == ""
+    assert "NoAnswerError: rank 1 of 2 got no answer in a gathering of a sharded tensor" in told
