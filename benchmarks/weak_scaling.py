@@ -16,7 +16,7 @@ from curvlib.core.product_cost import ProductCost
 from curvlib.estimators.plan import eigenpairs_phase
 
 FLOPS = 400e12  # a second on a rank: 40 % of the peak of a 989 TFLOP/s accelerator, bfloat16
-FLOPS64 = 25e12  # float64, in eigendecompositions: a few tens of TFLOP/s, of which not all is reached
+FLOPS64 = 25e12  # float64, in eigendecompositions
 BYTES = 50e9  # a second that a rank sends: one link of 400 Gbit/s
 TOKENS, SEQUENCES = 4096, 16  # of a sequence; sequences of a rank, one a batch
 MODELS = {  # parameters, layers, width, bytes of activations of a layer for each token and unit
@@ -83,9 +83,10 @@ def windows() -> None:
     for name, (parameters, _, _) in MODELS.items():
         for count in RANKS:
             window = 2.0 * m * parameters / count
+            read = 2e3 * window / 3e12
             sent = 2 * Ranks(count, sharded=True).all_reduce(4 * m)
             print(
-                f"| {name} | {count:,} | {window / 1e9:,.1f} GB | {2 * window / 3e12 * 1e3:,.0f} ms "
+                f"| {name} | {count:,} | {window / 1e9:,.1f} GB | {read:,.0f} ms "
                 f"| {sent / 1e3:.0f} kB |"
             )
 
