@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,9 @@ class Task:
     lr: float
     epochs: int
     decay: float = 1e-3
-    momentum: float = 0.9
-    batch: int = 32
+    momentum: float = 0.0
+    batch: int = 16
+    split: int = 0
 
     @property
     def classes(self) -> bool:
@@ -51,42 +53,49 @@ class Task:
         return (output - target).square().sum(-1)
 
 
-def diabetes() -> Task:
+def diabetes(split: int = 0) -> Task:
     """scikit-learn's diabetes, 353 training examples and 88 queries."""
     from sklearn.datasets import load_diabetes
 
-    x, y = (torch.as_tensor(a).float() for a in load_diabetes(return_X_y=True))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order, None]
-    train = slice(0, 353)
-    x = (x - x[train].mean(0)) / x[train].std(0)
-    y = (y - y[train].mean()) / y[train].std()
-    return Task(
-        "diabetes",
-        (10, 128, 128, 1),
-        (x[train], y[train]),
-        (x[353:441], y[353:441]),
-        lr=0.03,
-        epochs=20,
-        momentum=0.0,
-    )
+    x, y = _shuffled(load_diabetes(return_X_y=True), split)
+    x, y = _standardized(x.float(), 353), _standardized(y.float()[:, None], 353)
+    train, query = (x[:353], y[:353]), (x[353:441], y[353:441])
+    return Task("diabetes", (10, 128, 128, 1), train, query, lr=0.03, epochs=20, split=split)
 
 
-def digits() -> Task:
+def digits(split: int = 0) -> Task:
     """scikit-learn's digits, 1,437 training examples and 100 queries."""
     from sklearn.datasets import load_digits
 
-    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order].float() / 16, y[order]
-    return Task(
-        "digits",
-        (64, 128, 128, 10),
-        (x[:1437], y[:1437]),
-        (x[1437:1537], y[1437:1537]),
-        lr=0.05,
-        epochs=15,
-    )
+    x, y = _shuffled(load_digits(return_X_y=True), split)
+    x = _standardized(x.float(), 1437)
+    train, query = (x[:1437], y[:1437]), (x[1437:1537], y[1437:1537])
+    return Task("digits", (64, 128, 128, 10), train, query, lr=0.05, epochs=15, split=split)
+
+
+def fitted_digits(split: int = 0) -> Task:
+    """Digits, trained until they fit: batches of 32 with momentum, pixels between 0 and 1."""
+    from sklearn.datasets import load_digits
+
+    x, y = _shuffled(load_digits(return_X_y=True), split)
+    x = x.float() / 16
+    train, query = (x[:1437], y[:1437]), (x[1437:1537], y[1437:1537])
+    sizes = (64, 128, 128, 10)
+    name = "fitted digits"
+    return Task(name, sizes, train, query, 0.05, 15, momentum=0.9, batch=32, split=split)
+
+
+def _shuffled(data: Sequence[Any], split: int) -> list[Tensor]:
+    """Inputs and targets in an order of their own."""
+    x, y = (torch.as_tensor(part) for part in data)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
+    return [x[order], y[order]]
+
+
+def _standardized(x: Tensor, train: int) -> Tensor:
+    """With mean 0 and standard deviation 1 on the training examples; constants stay."""
+    scale = x[:train].std(0, unbiased=False)
+    return (x - x[:train].mean(0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def initial(task: Task, seed: int) -> list[Tensor]:

@@ -93,7 +93,7 @@ def bank_of(task: Task, masks: int, repeats: int, seed: int) -> RetrainingBank:
 
     folder = Path("curvlib-out") / "influence-banks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{task.name}-{masks}x{repeats}-{seed}.safetensors"
+    name = f"{task.name}-{task.split}-{masks}x{repeats}-{seed}.safetensors".replace(" ", "-")
     return retraining_bank(
         train,
         len(task.train[0]),
@@ -101,7 +101,7 @@ def bank_of(task: Task, masks: int, repeats: int, seed: int) -> RetrainingBank:
         repeats=repeats,
         together=25 * repeats,
         seed=seed,
-        problem=f"{task.name} {task.lr} {task.epochs} {task.momentum}",
+        problem=f"{task.name} {task.split} {task.lr} {task.epochs} {task.momentum} {task.batch}",
         checkpoint=folder / name,
     )
 
