@@ -126,9 +126,10 @@ def select_damping(
         >>> found.damping
         1.0
     """
-    every = [influence] if isinstance(influence, Influence) else list(influence)
-    if not every or not all(isinstance(one, Influence) for one in every):
-        names = sorted({type(one).__name__ for one in every}) or ["none"]
+    given = list(influence) if isinstance(influence, (list, tuple)) else [influence]
+    every = [one for one in given if isinstance(one, Influence)]
+    if not every or len(every) < len(given):
+        names = sorted({type(one).__name__ for one in given}) or ["none"]
         raise TypeError(f"select_damping takes an Influence, or several, got {', '.join(names)}")
     if any(one.preconditioner.operator is None for one in every):
         raise ValueError(
