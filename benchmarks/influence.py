@@ -228,8 +228,8 @@ def mislabel_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _flipped(seed: int) -> tuple[Task, Tensor]:
-    """Digits of which 10 % have another label."""
-    task = ensembles.digits()
+    """Fitted digits of which 10 % have another label."""
+    task = ensembles.fitted_digits()
     x, y = task.train
     random = torch.Generator().manual_seed(100 + seed)
     flipped = torch.zeros(len(y), dtype=torch.bool)

@@ -34,8 +34,8 @@ from curvlib.influence.lds import linear_datamodeling_score
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Two a decade from a hundredth of the mean eigenvalue to a hundred of them.
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+#: Decades, from a hundredth of the mean eigenvalue to a hundred of them.
+DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
