@@ -10,6 +10,9 @@ from torch import Tensor
 from curvlib.core.loss import Loss
 from curvlib.operators.loss_hessian import class_axis, probabilities
 
+#: Numbers that are passed over at a time.
+_CHUNK = 2**20
+
 
 class SampledLabels:
     """Draws targets from the distribution that the loss reads into the model's outputs.
@@ -42,6 +45,27 @@ class SampledLabels:
             (first, self.samples, *rest), generator=self.generator, dtype=torch.float64
         ).clamp_(min=1e-300)
         return numbers.transpose(0, 1).reshape(self.samples, *shape)
+
+
+    def skip(self, terms: int) -> None:
+        """Passes over what so many loss terms would draw, such as those of other ranks."""
+        left = terms * self.samples
+        while left > 0:
+            now = min(left, _CHUNK)
+            torch.rand(now, generator=self.generator, dtype=torch.float64)
+            left -= now
+
+
+def drawn_terms(loss: Loss, target: Tensor) -> int:
+    """How many numbers a sample of a batch's targets takes, masked terms included.
+
+    Args:
+        loss: A loss that curvlib knows.
+        target: What it compares the batch's output with.
+    """
+    if loss.categorical and target.is_floating_point():
+        return target.numel() // max(1, target.shape[class_axis(target)])
+    return target.numel()
 
 
 def label_scores(loss: Loss, output: Tensor, uniform: Callable[[torch.Size], Tensor]) -> Tensor:

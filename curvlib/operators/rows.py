@@ -20,6 +20,7 @@ away from a stationary point; sampled targets have no such bias.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import chosen_examples, require_independent
+from curvlib.core.group import together
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
+from curvlib.core.turns import AHEAD, in_turns
 from curvlib.operators.gradients import (
     example_gradients,
     example_loss,
 )
-from curvlib.operators.labels import SampledLabels
+from curvlib.operators.labels import SampledLabels, drawn_terms
 from curvlib.operators.loss_hessian import term_weights
 
 #: Bytes that the rows of unfinished micro-batches may take.
@@ -70,9 +73,13 @@ def gradient_rows(
         block: Rows of a block at most; memory is about that of ``block`` gradients.
 
     Returns:
-        An iterator over rows ``[n, P]`` with ``n <= block``, in the risk's vector dtype.
+        An iterator over rows ``[n, P]`` with ``n <= block``, in the risk's vector dtype. In a
+        process group they are those of one process, on every rank: each computes the gradients
+        of its own examples and sends them, ``count * micro_batch * P / R`` numbers (see
+        :mod:`curvlib.core.turns`).
 
     Raises:
+        RuntimeError: If another rank failed.
         TypeError: If a number is no int.
         ValueError: If a number is not positive, ``kind`` is unknown, the data has fewer examples
             than ``count * micro_batch`` (``"empirical"``), the loss is no likelihood that curvlib
@@ -88,85 +95,217 @@ def gradient_rows(
         >>> bool(torch.allclose(G.T @ G / 6, cl.fisher(risk, "empirical").to_dense()))
         True
     """
-    for name, value in (("count", count), ("micro_batch", micro_batch), ("block", block)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}= is an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}= needs to be at least 1, got {value}")
-    if kind not in _KINDS:
-        raise ValueError(f"kind= is one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
-    if kind == "mc" and not risk.loss.known:
-        raise ValueError(
-            f"the loss {risk.loss.describe()} is no likelihood that curvlib knows, so targets "
-            "cannot be sampled; use cross-entropy, NLL, MSE or BCE-with-logits, or "
-            "kind='empirical'"
+    drawn = RowDraw.of(risk, count, kind=kind, micro_batch=micro_batch, seed=seed, block=block)
+    return drawn.everywhere()
+
+
+@dataclass(frozen=True)
+class RowDraw:
+    """Which gradient rows are drawn: see :func:`gradient_rows` for the arguments.
+
+    Attributes:
+        risk: Of the gradients.
+        count: Rows.
+        kind: ``"empirical"`` or ``"mc"``.
+        micro_batch: Examples of each row.
+        block: Rows of a block at most.
+        seed: Of all that is random.
+        census: What the data has.
+    """
+
+    risk: Risk
+    count: int
+    kind: str
+    micro_batch: int
+    block: int
+    seed: int
+    census: Census
+
+    @classmethod
+    def of(
+        cls,
+        risk: Risk,
+        count: int,
+        *,
+        kind: str = "empirical",
+        micro_batch: int = 1,
+        seed: int = 0,
+        block: int = 64,
+    ) -> RowDraw:
+        """The draw, after all arguments were checked; one pass over the data."""
+        for name, value in (("count", count), ("micro_batch", micro_batch), ("block", block)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}= is an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}= needs to be at least 1, got {value}")
+        if kind not in _KINDS:
+            raise ValueError(f"kind= is one of {', '.join(map(repr, _KINDS))}, got {kind!r}")
+        if kind == "mc" and not risk.loss.known:
+            raise ValueError(
+                f"the loss {risk.loss.describe()} is no likelihood that curvlib knows, so targets "
+                "cannot be sampled; use cross-entropy, NLL, MSE or BCE-with-logits, or "
+                "kind='empirical'"
+            )
+        generator_of(None, seed)  # is one
+        found = census(risk)
+        needed = count * micro_batch
+        if kind == "empirical" and needed > found.examples:
+            raise ValueError(
+                f"{count} rows of {micro_batch} example(s) need {needed} examples, but the data "
+                f"has {found.examples}; ask for at most {found.examples // micro_batch} rows, pass "
+                "more data, or use kind='mc', which draws fresh targets at every pass"
+            )
+        return cls(risk, count, kind, micro_batch, block, seed, found)
+
+    @property
+    def scale(self) -> float:
+        """What sums of gradients are multiplied by."""
+        return (self.census.examples / self.census.weight / self.micro_batch) ** 0.5
+
+    @property
+    def shared(self) -> bool:
+        """Whether each rank has rows of its own: those that :meth:`own` gives."""
+        return self.risk.group is not None and self.micro_batch == 1
+
+    def everywhere(self, ahead: float = AHEAD) -> Iterator[Tensor]:
+        """The rows of all ranks, in the order of one process.
+
+        Args:
+            ahead: Bytes of rows that a rank computes before its turn.
+        """
+        generator = generator_of(None, self.seed)
+        like, group = self.risk.space.empty(), self.risk.group
+        rows = (
+            block
+            for _, own in self._passes(generator)
+            for block in in_turns(group, own, like, ahead=ahead)
         )
-    generator = generator_of(None, seed)
-    examples, weight = _census(risk)
-    needed = count * micro_batch
-    if kind == "empirical" and needed > examples:
-        raise ValueError(
-            f"{count} rows of {micro_batch} example(s) need {needed} examples, but the data has "
-            f"{examples}; ask for at most {examples // micro_batch} rows, pass more data, or use "
-            "kind='mc', which draws fresh targets at every pass"
-        )
-    scale = (examples / weight / micro_batch) ** 0.5
-    rows = _example_rows(risk, kind, needed, examples, generator, block)
-    if micro_batch == 1:
-        return (part.mul_(scale) for part in rows)
-    return _grouped(rows, count, micro_batch, scale, generator, block)
+        if self.micro_batch == 1:
+            return (part.mul_(self.scale) for part in rows)
+        return _grouped(rows, self.count, self.micro_batch, self.scale, generator, self.block)
+
+    def own(self) -> Iterator[tuple[int, Tensor]]:
+        """The rows that this rank has of all, without communication, if they are single examples.
+
+        Yields:
+            The number of the first one among all rows, and rows ``[n, P]``.
+        """
+        for first, blocks in self._passes(generator_of(None, self.seed)):
+            for block in blocks:
+                yield first, block.mul_(self.scale)
+                first += len(block)
+
+    def _passes(self, generator: torch.Generator) -> Iterator[tuple[int, Iterator[Tensor]]]:
+        """For each pass over the data, this rank's gradients and the number of the first one."""
+        labels = SampledLabels(1, generator_of(generator, None)) if self.kind == "mc" else None
+        stream = _Stream(self.risk, labels, self.block, self.census.start)
+        done, needed = 0, self.count * self.micro_batch
+        while done < needed:
+            now = min(needed - done, self.census.examples)
+            order = torch.randperm(self.census.examples, generator=generator)
+            chosen = order[:now].sort().values
+            before, own, after = self.census.split(chosen)
+            if labels is not None:
+                labels.skip(self.census.terms(before))
+            yield done + len(before), stream.once(own)
+            if labels is not None:
+                labels.skip(self.census.terms(after))
+            done += now
 
 
 def example_count(risk: Risk) -> int:
     """How many examples the data has, by one pass over it without the model."""
-    return _census(risk)[0]
+    return census(risk).examples
 
 
-def _census(risk: Risk) -> tuple[int, float]:
-    """How many examples the data has, and the total weight of their loss terms."""
-    examples, weight = 0, 0.0
-    with risk.untouched():
-        for batch in risk.batches():
-            examples += batch.examples
+@dataclass(frozen=True)
+class Census:
+    """What the data has, of all ranks.
+
+    Attributes:
+        weight: Total weight of the loss terms; 1 for sums.
+        sizes: Examples of each batch, in the order of ranks.
+        draws: Numbers that sampled targets of an example take, in each batch.
+        start: The number of the first example of this rank's shard.
+        stop: That after its last one.
+    """
+
+    weight: float
+    sizes: tuple[int, ...]
+    draws: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def examples(self) -> int:
+        """Examples in all."""
+        return sum(self.sizes)
+
+    def split(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ascending numbers of examples: those of ranks before this one, its own, and the rest."""
+        ends = torch.tensor([self.start, self.stop])
+        first, last = torch.searchsorted(chosen, ends).tolist()
+        return chosen[:first], chosen[first:last], chosen[last:]
+
+    def terms(self, chosen: Tensor) -> int:
+        """Numbers that sampled targets of some examples (ascending) take."""
+        if not len(chosen):
+            return 0
+        ends = torch.tensor(self.sizes).cumsum(0)
+        batch = torch.searchsorted(ends, chosen, right=True)
+        return int(torch.tensor(self.draws)[batch].sum())
+
+
+def census(risk: Risk) -> Census:
+    """Counts examples and loss terms, by one pass over the data without the model.
+
+    Raises:
+        ValueError: If no loss term is valid.
+    """
+    sizes, draws, weight = [], [], 0.0
+    with together(risk.group, "counting its examples"), risk.untouched():
+        for batch in risk.batches(shard=True):
+            sizes.append(batch.examples)
+            draws.append(_draws(batch))
             weight += 0.0 if risk.loss.reduction == "sum" else float(batch.weight)
+    start, own = 0, sum(sizes)
+    if risk.group is not None:
+        every = risk.group.values([sizes, draws, weight])
+        start = sum(sum(found) for found, _, _ in every[: risk.group.rank])
+        sizes, draws = ([n for row in every for n in row[i]] for i in range(2))
+        weight = sum(found for _, _, found in every)
     if risk.loss.reduction == "sum":
-        return examples, 1.0
+        weight = 1.0
     if weight <= 0.0:
         raise ValueError(
             "no loss term is valid: every target is ignored, or all weights are zero; "
             "check ignore_index, class weights and weight="
         )
-    return examples, weight
+    return Census(weight, tuple(sizes), tuple(draws), start, start + own)
 
 
-def _example_rows(
-    risk: Risk, kind: str, needed: int, examples: int, generator: torch.Generator, block: int
-) -> Iterator[Tensor]:
-    """Rows of single examples, pass after pass over the data."""
-    labels = SampledLabels(1, generator_of(generator, None)) if kind == "mc" else None
-    stream = _Stream(risk, labels, block)
-    while needed:
-        now = min(needed, examples)
-        order = torch.randperm(examples, generator=generator)
-        chosen = order[:now].sort().values
-        yield from stream.once(chosen)
-        needed -= now
+def _draws(batch: Batch) -> int:
+    target = batch.target
+    if not (batch.risk.loss.known and isinstance(target, Tensor)):
+        return 0
+    return drawn_terms(batch.risk.loss, target) // max(1, batch.examples)
 
 
 class _Stream:
     """One pass after the other; remembers what it found out about the model."""
 
-    def __init__(self, risk: Risk, labels: SampledLabels | None, block: int) -> None:
+    def __init__(self, risk: Risk, labels: SampledLabels | None, block: int, start: int) -> None:
         self.risk = risk
         self.labels = labels
         self.block = block
+        self.start = start  # number of the first example of the shard
         self.batched = True
         self.verified = False
 
     def once(self, chosen: Tensor) -> Iterator[Tensor]:
         """Rows ``[n, P]`` of the examples with the (ascending) numbers ``chosen``."""
-        batches = self.risk.batches()
-        first, done = 0, 0  # example number at which the batch begins, and rows so far
+        batches = self.risk.batches(shard=True)
+        first, done = self.start, 0  # example number at which the batch begins, and rows so far
         while done < len(chosen):
             with self.risk.untouched():
                 batch = next(batches)
