@@ -112,7 +112,6 @@ def gradient_norms(risk: Risk, *, block: int = 64) -> Tensor:
     """
     _require_risk(risk, "gradient_norms")
 
-
     def norms() -> Tensor:
         rows = shard_gradients(risk, block=block)
         return _column(risk, [torch.linalg.vector_norm(part, dim=1).double() for part in rows])
@@ -124,7 +123,7 @@ def _each(risk: Risk, numbers: Callable[[Batch], Tensor]) -> Tensor:
     """Numbers of the examples of each batch, of all ranks' data in its order, on the CPU."""
 
     def own() -> Tensor:
-        parts = []
+        parts: list[Tensor] = []
         batches = risk.batches(shard=True)
         while True:
             with risk.untouched(), torch.no_grad():

@@ -32,7 +32,7 @@ from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 from curvlib.operators.gauss_newton import gauss_newton
 from curvlib.operators.hessian import MEMORY
-from curvlib.operators.labels import SampledLabels
+from curvlib.operators.labels import SampledLabels, terms_before
 from curvlib.operators.loss_hessian import (
     Curvature,
     class_axis,
@@ -55,7 +55,7 @@ def fisher(
             axis.
         samples: Sampled targets for each loss term, for ``"mc"``.
         seed: Of the samples. Targets are drawn in the order of the data, so that the way it is
-            split into batches does not change the operator.
+            split into batches, or over the ranks of a process group, does not change the operator.
         memory: Bytes that kept graphs, and graphs of columns done at once, may take.
 
     Returns:
@@ -84,7 +84,7 @@ def fisher(
             f"{kind} Fisher; use cross-entropy, NLL, MSE or BCE-with-logits, curvlib.ggn, or "
             "kind='empirical'"
         )
-    curvature: Callable[[Batch, Tensor], Curvature]
+    curvature: Callable[[Batch, Tensor], Curvature] | _MonteCarlo
     if kind == "empirical":
         name, curvature = "empirical Fisher", _empirical
     elif kind == "type2":
@@ -94,6 +94,7 @@ def fisher(
     return gauss_newton(
         risk,
         curvature,
+        before=curvature.prepare if isinstance(curvature, _MonteCarlo) else None,
         name=name,
         psd=True,
         memory=memory,
@@ -124,16 +125,24 @@ def _empirical(batch: Batch, output: Tensor) -> Curvature:
 
 
 class _MonteCarlo:
-    """Draws targets batch after batch: each pass over the data draws the same."""
+    """Draws targets batch after batch: each pass over the data draws the same.
+
+    In a process group, a rank passes over the numbers of the ranks before it.
+    """
 
     def __init__(self, samples: int, seed: int) -> None:
-        self.samples = samples
-        self.seed = seed
         self.labels = SampledLabels(samples, generator_of(None, seed))
+        self.samples = samples
+        self._start: Tensor | None = None  # state of the generator at the shard's first batch
+
+    def prepare(self, risk: Risk) -> None:
+        """Called before each pass."""
+        if self._start is None:
+            self.labels.skip(terms_before(risk))
+            self._start = self.labels.generator.get_state()
+        self.labels.generator.set_state(self._start)
 
     def __call__(self, batch: Batch, output: Tensor) -> Curvature:
-        if batch.index == 0:
-            self.labels = SampledLabels(self.samples, generator_of(None, self.seed))
         loss = batch.risk.loss
         readable = loss.readable(output, batch.target)
         scores = self.labels.scores(loss, readable)

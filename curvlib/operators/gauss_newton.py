@@ -62,6 +62,7 @@ def gauss_newton(
     memory: int,
     identity: str = "",
     rebuild: Callable[[Risk], LinearOperator],
+    before: Callable[[Risk], None] | None = None,
 ) -> LinearOperator:
     """The operator ``J' C J`` of a risk.
 
@@ -73,10 +74,11 @@ def gauss_newton(
         memory: Bytes for kept graphs and for columns that are done at once.
         identity: What distinguishes this operator, beside the risk.
         rebuild: The same operator of another risk.
+        before: Called before each pass over the data, with the risk.
     """
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
-    product = _Product(risk, curvature, memory)
+    product = _Product(risk, curvature, memory, before)
     size = risk.space.size
     return LinearOperator(
         product,
@@ -97,9 +99,14 @@ class _Product:
     """The product, with the graphs that it keeps and the route that works for the model."""
 
     def __init__(
-        self, risk: Risk, curvature: Callable[[Batch, Tensor], Curvature], memory: int
+        self,
+        risk: Risk,
+        curvature: Callable[[Batch, Tensor], Curvature],
+        memory: int,
+        before: Callable[[Risk], None] | None,
     ) -> None:
         self.risk = risk
+        self.before = before
         self.curvature = curvature
         self.cache = GraphCache(risk, memory, self._build)
         self._verified = False  # that pullback graphs can be differentiated
@@ -111,6 +118,8 @@ class _Product:
 
     def __call__(self, columns: Tensor) -> Tensor:
         self.cache.begin()
+        if self.before is not None:
+            self.before(self.risk)
         return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _build(self, batch: Batch) -> OutputGraph:

@@ -19,6 +19,7 @@ away from a stationary point; sampled targets have no such bias.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,7 @@ class RowDraw:
     @property
     def scale(self) -> float:
         """What sums of gradients are multiplied by."""
-        return (self.census.examples / self.census.weight / self.micro_batch) ** 0.5
+        return math.sqrt(self.census.examples / self.census.weight / self.micro_batch)
 
     @property
     def shared(self) -> bool:
