@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,17 +154,20 @@ def failures(rank: int, size: int) -> dict[str, str]:
     if rank == 0:
         data = data[:1]
     risk = cl.Risk(net(), Fussy(), data)
-    out = {}
-    for name, call in {
+    calls = {
         "gradients": lambda: list(cl.gradients(risk)),
         "rows": lambda: list(cl.gradient_rows(risk, 8 * size - 4)),
         "blocks": lambda: cl.mfac(risk, block_size=3),
         "norms": lambda: gradient_norms(risk),
         "moments": lambda: cl.rates.gradient_moments(risk),
-    }.items():
-        try:
-            call()
-            out[name] = "nothing"
-        except Exception as error:  # noqa: BLE001 (the test looks at it)
-            out[name] = f"{type(error).__name__}: {error}"
-    return out
+    }
+    return {name: said(call) for name, call in calls.items()}
+
+
+def said(call: Callable[[], Any]) -> str:
+    """The error of a call."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 (the test looks at it)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -68,11 +68,15 @@ def events(rank: int, size: int, folder: str) -> dict[str, dict[str, Tensor]]:
             )
         assert path.exists()
         assert torch.equal(flat(again)["weights"], out["obs"]["weights"])
-        steps = list(
-            gradual(risk.model, risk, [0.3, 0.5], method="diagonal", progress=False)
-        )
+        steps = list(gradual(risk.model, risk, [0.3, 0.5], method="diagonal", progress=False))
         cl.pruning.detach(risk.model)
-        curves = compare(risk_of(rank, size).model, risk_of(rank, size), [0.3], ["magnitude", "diagonal"], progress=False)
+        curves = compare(
+            risk_of(rank, size).model,
+            risk_of(rank, size),
+            [0.3],
+            ["magnitude", "diagonal"],
+            progress=False,
+        )
     out["gradual"] = flat(steps[-1])
     out["compare"] = {"losses": curves.losses}
     out["importances"] = {"value": layer_importance(risk_of(rank, size)).value}

@@ -140,5 +140,3 @@ def interrupted(path: str) -> None:
         progress=stop,
         seed=3,
     )
-
-

@@ -46,9 +46,7 @@ def test_a_training_run_is_watched_and_steered_alike(size: int, tmp_path: Path) 
         for other in found[1:]:
             assert torch.equal(other[name], found[0][name]), name
         assert error(found[0][name], value) < 1e-9, name
-    one, many = (
-        (tmp_path / f"table{n}.csv").read_text().splitlines() for n in (1, size)
-    )
+    one, many = ((tmp_path / f"table{n}.csv").read_text().splitlines() for n in (1, size))
     assert len(one) == len(many) == 4
 
 
