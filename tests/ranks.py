@@ -94,6 +94,9 @@ class Pool:
         for process in self.processes:
             process.kill()
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

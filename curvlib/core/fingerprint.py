@@ -54,12 +54,13 @@ def _data(risk: Risk) -> str:
     if risk.in_memory is not None:
         content = sum(content_of(batch) for batch in risk.in_memory)
         return f"memory {_over_ranks(risk, content, everywhere=False):x}"
-    data = risk.data
+    whole = getattr(risk.data, "whole", None)  # what a part of a stream is a part of
+    data = risk.data if whole is None else whole
     dataset = getattr(data, "dataset", None)
     name = type(data).__name__
     if dataset is None:
         count = batch_count(data) or 0
-        return f"{name} {_over_ranks(risk, count, everywhere=False)}"
+        return f"{name} {_over_ranks(risk, count, everywhere=whole is not None)}"
     count = batch_count(dataset) or 0
     content = _over_ranks(risk, _dataset_content(dataset), everywhere=True)
     return f"{name} {_over_ranks(risk, count, everywhere=True)} {content:x}"

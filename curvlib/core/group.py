@@ -185,6 +185,12 @@ class Group:
             ) from error
 
 
+_NO_MEMBER = (
+    "group= is a process group that this process is no member of; make the risk only on its "
+    "members, or pass group=False to work alone"
+)
+
+
 def group_of(choice: GroupChoice = None) -> Group | None:
     """The group that is meant; ``None`` for one process.
 
@@ -210,6 +216,8 @@ def group_of(choice: GroupChoice = None) -> Group | None:
             "script with torchrun and call torch.distributed.init_process_group() first, or leave "
             "group= out for one process"
         )
+    if choice == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_NO_MEMBER)
     if choice is None or choice is True:
         process_group = dist.group.WORLD
     elif isinstance(choice, Group):
@@ -224,7 +232,7 @@ def group_of(choice: GroupChoice = None) -> Group | None:
     assert process_group is not None  # dist.group.WORLD, once initialized
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
     if rank < 0:
-        raise ValueError("group= is a group that this process is no member of")
+        raise ValueError(_NO_MEMBER)
     if size == 1:
         return None
     return Group(process_group, rank, size, _small_device(process_group))

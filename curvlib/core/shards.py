@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import (
@@ -22,7 +22,11 @@ from torch.utils.data import (
 )
 
 from curvlib.core.data import batch_count, in_memory, is_mapping, mapped, reiterable, tensors
+from curvlib.core.fingerprint import content_of
 from curvlib.core.group import Group, GroupChoice, group_of
+
+if TYPE_CHECKING:
+    from curvlib.core.risk import Risk
 
 
 def shard(data: Any, *, group: GroupChoice = None) -> Any:
@@ -51,6 +55,30 @@ def shard(data: Any, *, group: GroupChoice = None) -> Any:
     """
     ranks = group_of(group)
     return data if ranks is None else part_of(data, ranks.rank, ranks.size)
+
+
+def sharded(risk: Risk) -> Risk:
+    """The same risk with its data cut over its ranks, if each of them holds all of it.
+
+    Data that is a shard already, as a ``DistributedSampler``'s, or that differs between ranks, is
+    left as it is. Ranks call it together.
+    """
+    group = risk.group
+    if group is None or _is_shard(risk.data):
+        return risk
+    if risk.in_memory is not None:
+        content = sum(content_of(batch) for batch in risk.in_memory)
+        if len(set(group.texts(f"{len(risk.in_memory)} {content:x}"))) > 1:
+            return risk
+        return risk.on(part_of(list(risk.in_memory), group.rank, group.size))
+    return risk.on(part_of(risk.data, group.rank, group.size))
+
+
+def _is_shard(data: Any) -> bool:
+    samplers = (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    return isinstance(data, Part) or any(
+        isinstance(sampler, (DistributedSampler, _Batches)) for sampler in samplers
+    )
 
 
 def part_of(data: Any, rank: int, size: int) -> Any:
@@ -91,14 +119,14 @@ class Part:
     """
 
     def __init__(self, data: Any, rank: int, size: int) -> None:
-        self.data, self.rank, self.size = data, rank, size
+        self.whole, self.rank, self.size = data, rank, size
 
     def __iter__(self) -> Iterator[Any]:
-        count = batch_count(self.data)
+        count = batch_count(self.whole)
         if count is None:  # a pass that only counts
-            count = sum(1 for _ in self.data)
+            count = sum(1 for _ in self.whole)
         cut = _cut(count, self.rank, self.size)
-        return itertools.islice(iter(self.data), cut.start, cut.stop)
+        return itertools.islice(iter(self.whole), cut.start, cut.stop)
 
 
 class _Batches:
