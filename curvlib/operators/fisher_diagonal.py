@@ -96,13 +96,14 @@ def affordable_fisher(risk: Risk) -> str:
     """
     if not risk.loss.known:
         return "empirical"
+    none = torch.zeros(0, dtype=torch.float64, device=risk.space.device)
 
     def outputs() -> Tensor:
         with risk.untouched(), torch.no_grad():
             for batch in risk.batches(shard=True):
                 output = risk.loss.readable(batch.output(), batch.target)
-                return torch.tensor([output.numel() / max(1, example_count(batch))])
-        return torch.zeros(0)
+                return none.new_tensor([output.numel() / max(1, example_count(batch))])
+        return none
 
     each = float(gathered(risk, outputs)[0])  # of the first batch of all ranks'
     return "type2" if each <= AFFORDABLE else "mc"

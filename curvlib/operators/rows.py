@@ -32,7 +32,7 @@ from curvlib.core.examples import chosen_examples, require_independent
 from curvlib.core.group import together
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
-from curvlib.core.turns import AHEAD, in_turns
+from curvlib.core.turns import AHEAD, added, in_turns
 from curvlib.operators.gradients import (
     example_gradients,
     example_loss,
@@ -76,8 +76,9 @@ def gradient_rows(
     Returns:
         An iterator over rows ``[n, P]`` with ``n <= block``, in the risk's vector dtype. In a
         process group they are those of one process, on every rank: each computes the gradients
-        of its own examples and sends them, ``count * micro_batch * P / R`` numbers (see
-        :mod:`curvlib.core.turns`).
+        of its own examples and sends them, ``count * P / R`` numbers (see
+        :mod:`curvlib.core.turns`), or sums of them, ``2 * count * P * (R - 1) / R`` numbers, for
+        micro-batches.
 
     Raises:
         RuntimeError: If another rank failed.
@@ -174,16 +175,14 @@ class RowDraw:
         Args:
             ahead: Bytes of rows that a rank computes before its turn.
         """
-        generator = generator_of(None, self.seed)
+        if self.micro_batch > 1:
+            return self._micro_batches()
         like, group = self.risk.space.empty(), self.risk.group
-        rows = (
-            block
-            for _, own in self._passes(generator)
+        return (
+            block.mul_(self.scale)
+            for _, own in self._passes(generator_of(None, self.seed))
             for block in in_turns(group, own, like, ahead=ahead)
         )
-        if self.micro_batch == 1:
-            return (part.mul_(self.scale) for part in rows)
-        return _grouped(rows, self.count, self.micro_batch, self.scale, generator, self.block)
 
     def own(self) -> Iterator[tuple[int, Tensor]]:
         """The rows that this rank has of all, without communication, if they are single examples.
@@ -191,9 +190,41 @@ class RowDraw:
         Yields:
             The number of the first one among all rows, and rows ``[n, P]``.
         """
-        for first, blocks in self._passes(generator_of(None, self.seed)):
+        for first, block in self._blocks(generator_of(None, self.seed)):
+            yield first, block.mul_(self.scale)
+
+    def _micro_batches(self) -> Iterator[Tensor]:
+        """Sums of ``micro_batch`` gradients each, taken at random from windows of the stream.
+
+        In a process group, ranks add their own gradients to the open rows, which are summed once.
+        """
+        risk, generator = self.risk, generator_of(None, self.seed)
+        random = generator_of(generator, None)
+        singles = (
+            (first + i, row)
+            for first, block in self._blocks(generator)
+            for i, row in enumerate(block)
+        )
+        room = max(1, MEMORY // (risk.space.size * risk.space.dtype.itemsize))
+        start, waiting = 0, None
+        for done in range(0, self.count, room):
+            rows = min(room, self.count - done)
+            places = (torch.randperm(rows * self.micro_batch, generator=random) % rows).tolist()
+            sums = risk.space.empty().new_zeros((rows, risk.space.size))
+            with together(risk.group, "adding up micro-batches"):
+                waiting = next(singles, None) if waiting is None else waiting
+                while waiting is not None and waiting[0] < start + len(places):
+                    number, row = waiting
+                    sums[places[number - start]].add_(row, alpha=self.scale)
+                    waiting = next(singles, None)
+            yield from torch.split(added(risk.group, sums), self.block)
+            start += len(places)
+
+    def _blocks(self, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+        """This rank's gradients in blocks, with the number of the first one among all."""
+        for first, blocks in self._passes(generator):
             for block in blocks:
-                yield first, block.mul_(self.scale)
+                yield first, block
                 first += len(block)
 
     def _passes(self, generator: torch.Generator) -> Iterator[tuple[int, Iterator[Tensor]]]:
@@ -349,31 +380,6 @@ class _Stream:
         expected = self.risk.space.join(few.gradient())
         rows, self.batched = example_gradients(few, example_loss, batched=self.batched)
         require_independent(rows.sum(0), expected, self.risk)
-
-
-def _grouped(
-    rows: Iterator[Tensor],
-    count: int,
-    micro_batch: int,
-    scale: float,
-    generator: torch.Generator,
-    block: int,
-) -> Iterator[Tensor]:
-    """Sums of ``micro_batch`` rows each, taken at random from windows of the stream."""
-    sums: Tensor | None = None
-    places: list[int] = []  # the sum that each of the following examples belongs to
-    for part in rows:
-        for row in part:
-            if sums is None:
-                open_rows = min(count, max(1, MEMORY // (row.numel() * row.element_size())))
-                sums = row.new_zeros((open_rows, row.numel()))
-                order = torch.randperm(open_rows * micro_batch, generator=generator)
-                places = (order % open_rows).tolist()[::-1]
-            sums[places.pop()].add_(row, alpha=scale)
-            if not places:
-                count -= len(sums)
-                yield from torch.split(sums, block)
-                sums = None
 
 
 def _require_finite(risk: Risk, rows: Tensor, numbers: Tensor) -> None:
