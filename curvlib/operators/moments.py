@@ -119,8 +119,11 @@ def second_moments(
         group = rows.risk.group
         assert group is not None
         with group.together("accumulating gradient rows"):
-            for first, block in rows.own():
-                for part, row_dtype in _gathered(block, partition, dtype):
+            own = rows.own()
+            # numbers of rows matter only where some are put aside
+            runs = own if every else [(0, (block for _, block in own))]
+            for first, blocks in runs:
+                for part, row_dtype in _gathered(blocks, partition, dtype):
                     _divide(part, row_dtype, first, every, kept, aside)
                     first += len(part)
         for sums in (kept, aside) if every else (kept,):

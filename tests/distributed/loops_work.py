@@ -50,6 +50,22 @@ def values(rank: int, size: int) -> dict[str, torch.Tensor]:
     V = vectors(risk)
     J = cl.jacobian(risk)
     U = torch.randn(J.shape[0], 2, generator=torch.Generator().manual_seed(3), dtype=F64)
+    theta = vectors(risk)[:, 1]
+    adjoint = cl.hypergradient(
+        lambda t, h: (t.square() * h).sum(),
+        lambda t, h: 0.5 * (h * t).square().sum(),
+        theta,
+        theta + 2.0,
+        hessian=cl.ggn(risk),
+        damping=0.5,
+        tolerance=1e-12,
+        progress=False,
+    )
+    if rank == 0:  # a risk of one process does not wait for others
+        alone = cl.Risk(net(), nn.CrossEntropyLoss(), uneven(0, 1), group=False)
+        assert len(example_losses(alone)) == 19
+        assert cl.mfac(alone, count=3).window.count == 3
+        assert accuracy(alone) == accuracy_of_all()
     points = [lambda f=f: {n: f * p.detach() for n, p in risk.params.items()} for f in (0.5, 2.0)]
     return {
         "losses": example_losses(risk),
@@ -72,10 +88,18 @@ def values(rank: int, size: int) -> dict[str, torch.Tensor]:
         "jacobian": J @ V,
         "jacobian transposed": J.T @ U,
         "ntk": cl.ntk(risk).to_dense(),
+        "hypergradient": adjoint.value,
         "Hg": cl.hessian_gradient_product(risk),
         "perturbed": perturbed_values(risk, points),
         "flops": torch.tensor(list(flops(risk).values())),
     }
+
+
+def accuracy_of_all() -> float:
+    """By hand."""
+    with torch.no_grad():
+        hits = [(net()(x).argmax(1) == y)[y >= 0].double() for x, y in uneven(0, 1)]
+    return float(torch.cat(hits).mean())
 
 
 def windows(rank: int, size: int) -> dict[str, torch.Tensor]:
