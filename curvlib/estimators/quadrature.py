@@ -120,7 +120,7 @@ def next_state(
         alphas[probe, state.step] = alpha
         lengths[probe] = state.step + 1
         norm = float((alphas[probe].abs() + betas[probe]).max())
-        if beta <= 10 * eps * norm:
+        if beta <= 64 * eps * norm:  # what rounding leaves of nothing
             continue  # an invariant subspace: this probe's quadrature is exact
         betas[probe, state.step] = beta
         active.append(probe)
