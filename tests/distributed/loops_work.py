@@ -195,3 +195,21 @@ def said(call: Callable[[], Any]) -> str:
     except Exception as error:  # noqa: BLE001 (the test looks at it)
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def nothing(rank: int, size: int) -> dict[str, str]:
+    """What each rank says of data without a batch, and of a loss that is none on one rank."""
+    risk = cl.Risk(net(), nn.CrossEntropyLoss(), [])
+    norm = nn.BatchNorm1d(4).double()
+    whole = cl.Risk(net(), nn.CrossEntropyLoss(), uneven(rank, size))
+    opt = torch.optim.SGD(whole.model.parameters(), lr=0.1)
+    learner = cl.rates.LanczosLearner(whole, opt, batch_size=4, steps=4)
+    calls = {
+        "flops": lambda: flops(risk),
+        "moments": lambda: batch_moments(norm, [], {"": norm}),
+        "accuracy": lambda: accuracy(risk),
+        "gradients": lambda: torch.cat([risk.space.empty()[None], *cl.gradients(risk)]),
+        "rows": lambda: list(cl.gradient_rows(risk, 1)),
+        "loss": lambda: learner.step("low" if rank == 1 else 0.5),
+    }
+    return {name: said(call) for name, call in calls.items()}

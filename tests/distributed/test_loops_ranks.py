@@ -42,3 +42,19 @@ def test_a_failure_on_one_rank_is_everybodys(size: int) -> None:
         for rank, other in enumerate(found[:-1]):
             assert other[name].startswith(f"RuntimeError: rank {size - 1} of {size} failed in ")
             assert other[name].endswith("ValueError: a target is 1"), rank
+
+
+def test_data_without_a_batch_on_any_rank_is_told() -> None:
+    for rank, found in enumerate(on_ranks(f"{WORK}:nothing", 2)):
+        for name in ("flops", "moments"):
+            assert found[name] == (
+                "ValueError: the data has no batch on any rank; pass at least one batch"
+            )
+        assert found["accuracy"].startswith("ValueError: the data has no batch")
+        assert found["gradients"] == "nothing"
+        assert found["rows"].startswith("ValueError: no loss term is valid")
+        wrong = "TypeError: loss= is a number or a tensor of one element, got str"
+        told = (
+            wrong if rank == 1 else f"RuntimeError: rank 1 of 2 failed in reading its loss: {wrong}"
+        )
+        assert found["loss"] == told
