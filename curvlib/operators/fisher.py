@@ -27,10 +27,17 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.chunked_logits import Logits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 from curvlib.operators.gauss_newton import gauss_newton
+from curvlib.operators.head_curvature import (
+    ChunkCurvature,
+    empirical_chunks,
+    expected_chunks,
+    sampled_chunks,
+)
 from curvlib.operators.hessian import MEMORY
 from curvlib.operators.labels import SampledLabels, terms_before
 from curvlib.operators.loss_hessian import (
@@ -84,17 +91,22 @@ def fisher(
             f"{kind} Fisher; use cross-entropy, NLL, MSE or BCE-with-logits, curvlib.ggn, or "
             "kind='empirical'"
         )
-    curvature: Callable[[Batch, Tensor], Curvature] | _MonteCarlo
+    curvature: Callable[[Batch, Tensor], Curvature]
+    head: Callable[[Batch, Logits], ChunkCurvature]
+    before: Callable[[Risk], None] | None = None
     if kind == "empirical":
-        name, curvature = "empirical Fisher", _empirical
+        name, curvature, head = "empirical Fisher", _empirical, empirical_chunks
     elif kind == "type2":
-        name, curvature = "type-2 Fisher", _type2
+        name, curvature, head = "type-2 Fisher", _type2, expected_chunks
     else:
-        name, curvature = "Monte-Carlo Fisher", _MonteCarlo(samples, seed)
+        sampled = _MonteCarlo(samples, seed)
+        before = sampled.prepare
+        name, curvature, head = "Monte-Carlo Fisher", sampled, sampled.chunks
     return gauss_newton(
         risk,
         curvature,
-        before=curvature.prepare if isinstance(curvature, _MonteCarlo) else None,
+        head=head,
+        before=before,
         name=name,
         psd=True,
         memory=memory,
@@ -141,6 +153,10 @@ class _MonteCarlo:
             self.labels.skip(terms_before(risk))
             self._start = self.labels.generator.get_state()
         self.labels.generator.set_state(self._start)
+
+    def chunks(self, batch: Batch, logits: Logits) -> ChunkCurvature:
+        """The same for a loss that owns the head."""
+        return sampled_chunks(batch, logits, self.labels)
 
     def __call__(self, batch: Batch, output: Tensor) -> Curvature:
         loss = batch.risk.loss

@@ -15,7 +15,7 @@ from curvlib.pruning.importance import layer_importance
 from tests.distributed.rates_work import data
 from tests.distributed.work import F64
 
-#: Methods that need gradients, values or Hessian products; those of layers' inputs are others.
+#: Settings of events: methods with gradients, values, Hessian products or layers' inputs.
 EVENTS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "diagonal": {"method": "diagonal"},
@@ -26,6 +26,9 @@ EVENTS: dict[str, dict[str, Any]] = {
     "obs, auto": {"method": "obs", "recompute": 1, "block_size": 8, "rows": 30, "damping": "auto"},
     "first order": {"method": "obs", "recompute": 2, "block_size": 8, "first_order": True},
     "flops": {"method": "obs", "recompute": 2, "block_size": 8, "scope": "flops", "rows": 40},
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "obc": {"method": "obc"},
     "importance": {"method": "magnitude", "scope": "importance"},
     "2:4": {"method": "obs", "recompute": 1, "block_size": 8, "pattern": "2:4", "rows": 40},
 }
