@@ -180,7 +180,7 @@ class Risk:
             own = torch.as_tensor(batch.weight, dtype=torch.float64, device=self.device)
             return own if total is None else total + own
 
-        return float(_some(self._joined_pass(add, 1.0).total))
+        return float(self.summed(add))
 
     def check(self, *, seed: int = 0) -> Report:
         """Looks for what makes curvature meaningless: see :func:`curvlib.core.check.check`."""
@@ -301,10 +301,25 @@ class Risk:
             raise FloatingPointError(non_finite(self))
         return total
 
+    def summed(
+        self, add: Callable[[Batch, Tensor | None], Tensor], given: Tensor | None = None
+    ) -> Tensor:
+        """The sum of a function of batches as it is, whatever the loss and its weights.
+
+        Args:
+            add: As for :meth:`accumulate`, with ``batch.scale == 1``.
+            given: What the pass multiplies, which must be the same on every rank.
+
+        Raises:
+            ValueError: If there is no batch.
+            RuntimeError: If the data changed between two passes, or another rank failed.
+        """
+        return _some(self._joined_pass(add, None, given).total)
+
     def _joined_pass(
         self,
         add: Callable[[Batch, Tensor | None], Tensor],
-        scale: float,
+        scale: float | None,
         given: Tensor | None = None,
     ) -> Shard:
         if self.group is None:
@@ -315,13 +330,13 @@ class Risk:
             own = Shard(None, 0.0, 0, 0, failure)
         return joined(self.group, self, own, given)
 
-    def _pass(self, add: Callable[[Batch, Tensor | None], Tensor], scale: float) -> Shard:
-        """One pass over this rank's batches; weights are summed where the scale is not known."""
+    def _pass(self, add: Callable[[Batch, Tensor | None], Tensor], scale: float | None) -> Shard:
+        """One pass over this rank's batches; weights are summed where the scale is 1."""
         total: Tensor | None = None
         weight: Tensor | float = 0.0
         count, examples = 0, 0
         with self.untouched():
-            for batch in self.batches(scale, shard=True):
+            for batch in self.batches(1.0 if scale is None else scale, shard=True):
                 count, examples = count + 1, examples + batch.examples
                 total = add(batch, total)
                 if scale == 1.0 and self.loss.reduction != "sum":
@@ -338,6 +353,11 @@ class Risk:
             return None
         data = (to_device(d, self.device) for d in self.in_memory)
         return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Batches and examples of this rank's shard; zeros before the first full pass."""
+        return self._seen or (0, 0)
 
     def untouched(self) -> AbstractContextManager[None]:
         """Entered around a pass: second derivatives exist, and the model is left as it was.

@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -33,7 +32,7 @@ from curvlib.core.files import (
     shared_record,
     write_record,
 )
-from curvlib.core.group import Group
+from curvlib.core.group import Group, together
 
 S = TypeVar("S")
 
@@ -115,7 +114,7 @@ def run(
     state = None
     if checkpoint is not None:
         identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
-        with _together(group, "opening its checkpoint"):
+        with together(group, "opening its checkpoint"):
             saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group))
         state = saver.load(state_type, device, group)
     if state is None:
@@ -150,10 +149,6 @@ def run(
 
 def _is_first(group: Group | None) -> bool:
     return group is None or group.first
-
-
-def _together(group: Group | None, what: str) -> AbstractContextManager[None]:
-    return nullcontext() if group is None else group.together(what)
 
 
 class _Saver:
