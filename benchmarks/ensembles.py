@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +29,29 @@ class Task:
     epochs: int
     decay: float = 1e-3
     momentum: float = 0.9
-    batch: int = 32
+    batch: int = 64
+    drop_last: bool = False
+    split: int = 0
 
     @property
     def classes(self) -> bool:
         return not self.train[1].is_floating_point()
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of the recipe on all examples."""
+        return self.epochs * len(self.starts(len(self.train[0])))
+
+    def starts(self, count: int) -> range:
+        """Where the batches of an epoch of so many examples begin."""
+        return range(0, count - count % self.batch if self.drop_last else count, self.batch)
+
+    @property
     def damping(self) -> float:
         """Absolute damping that goes with the recipe on all examples."""
-        steps = self.epochs * (len(self.train[0]) // self.batch)
-        return training_damping(self.lr, steps, momentum=self.momentum, weight_decay=self.decay)
+        return training_damping(
+            self.lr, self.steps, momentum=self.momentum, weight_decay=self.decay
+        )
 
     def loss(self) -> nn.Module:
         return nn.CrossEntropyLoss() if self.classes else nn.MSELoss()
@@ -51,42 +64,49 @@ class Task:
         return (output - target).square().sum(-1)
 
 
-def diabetes() -> Task:
+def diabetes(split: int = 0) -> Task:
     """scikit-learn's diabetes, 353 training examples and 88 queries."""
     from sklearn.datasets import load_diabetes
 
-    x, y = (torch.as_tensor(a).float() for a in load_diabetes(return_X_y=True))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order, None]
-    train = slice(0, 353)
-    x = (x - x[train].mean(0)) / x[train].std(0)
-    y = (y - y[train].mean()) / y[train].std()
-    return Task(
-        "diabetes",
-        (10, 128, 128, 1),
-        (x[train], y[train]),
-        (x[353:441], y[353:441]),
-        lr=0.03,
-        epochs=20,
-        momentum=0.0,
-    )
+    x, y = _shuffled(load_diabetes(return_X_y=True), split)
+    x, y = _standardized(x.float(), 353), _standardized(y.float()[:, None], 353)
+    train, query = (x[:353], y[:353]), (x[353:441], y[353:441])
+    return Task("diabetes", (10, 128, 128, 1), train, query, 0.03, 20, batch=128, split=split)
 
 
-def digits() -> Task:
+def digits(split: int = 0) -> Task:
     """scikit-learn's digits, 1,437 training examples and 100 queries."""
     from sklearn.datasets import load_digits
 
-    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order].float() / 16, y[order]
-    return Task(
-        "digits",
-        (64, 128, 128, 10),
-        (x[:1437], y[:1437]),
-        (x[1437:1537], y[1437:1537]),
-        lr=0.05,
-        epochs=15,
-    )
+    x, y = _shuffled(load_digits(return_X_y=True), split)
+    x = _standardized(x.float(), 1437)
+    train, query = (x[:1437], y[:1437]), (x[1437:1537], y[1437:1537])
+    return Task("digits", (64, 128, 128, 10), train, query, 0.05, 15, split=split)
+
+
+def fitted_digits(split: int = 0) -> Task:
+    """Digits, trained until they fit: batches of 32 with momentum, pixels between 0 and 1."""
+    from sklearn.datasets import load_digits
+
+    x, y = _shuffled(load_digits(return_X_y=True), split)
+    x = x.float() / 16
+    train, query = (x[:1437], y[:1437]), (x[1437:1537], y[1437:1537])
+    sizes = (64, 128, 128, 10)
+    name = "fitted digits"
+    return Task(name, sizes, train, query, 0.05, 15, batch=32, drop_last=True, split=split)
+
+
+def _shuffled(data: Sequence[Any], split: int) -> list[Tensor]:
+    """Inputs and targets in an order of their own."""
+    x, y = (torch.as_tensor(part) for part in data)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
+    return [x[order], y[order]]
+
+
+def _standardized(x: Tensor, train: int) -> Tensor:
+    """With mean 0 and standard deviation 1 on the training examples; constants stay."""
+    scale = x[:train].std(0, unbiased=False)
+    return (x - x[:train].mean(0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def initial(task: Task, seed: int) -> list[Tensor]:
@@ -109,8 +129,13 @@ def forward(weights: Sequence[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def trained(task: Task, keep: Tensor, seeds: Sequence[int]) -> list[Tensor]:
-    """Stacked weights of models trained on the kept examples ``[b, N]``; all keep as many."""
+def trained(
+    task: Task, keep: Tensor, seeds: Sequence[int], steps: int | None = None
+) -> list[Tensor]:
+    """Stacked weights of models trained on the kept examples ``[b, N]``; all keep as many.
+
+    ``steps`` ends the run early.
+    """
     x, y = task.train
     start = [initial(task, seed) for seed in seeds]
     weights = [torch.stack(parts).requires_grad_() for parts in zip(*start, strict=True)]
@@ -118,10 +143,14 @@ def trained(task: Task, keep: Tensor, seeds: Sequence[int]) -> list[Tensor]:
     count = kept.shape[1]
     orders = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
     speed = [torch.zeros_like(w) for w in weights]
+    done = 0
     for _ in range(task.epochs):
         order = torch.stack([torch.randperm(count, generator=g) for g in orders])
         order = kept.gather(1, order)
-        for begin in range(0, count - count % task.batch or count, task.batch):
+        for begin in task.starts(count):
+            if done == steps:
+                return [w.detach() for w in weights]
+            done += 1
             index = order[:, begin : begin + task.batch]
             losses = task.each(forward(weights, x[index]), y[index])
             gradients = torch.autograd.grad(losses.mean(1).sum(), weights)
@@ -141,10 +170,10 @@ def query_losses(task: Task, weights: Sequence[Tensor]) -> Tensor:
         return task.each(output, y.expand(b, *y.shape)).double()
 
 
-def model(task: Task, seed: int, keep: Tensor | None = None) -> nn.Sequential:
-    """One model that was trained by the same recipe, as a module."""
-    every = torch.ones(len(task.train[0]), dtype=torch.bool) if keep is None else keep
-    weights = trained(task, every[None], [seed])
+def model(task: Task, seed: int, steps: int | None = None) -> nn.Sequential:
+    """One model that was trained on everything by the same recipe, as a module."""
+    every = torch.ones(1, len(task.train[0]), dtype=torch.bool)
+    weights = trained(task, every, [seed], steps)
     layers: list[nn.Module] = []
     for i in range(0, len(weights), 2):
         layer = nn.Linear(weights[i].shape[2], weights[i].shape[1])
@@ -153,3 +182,8 @@ def model(task: Task, seed: int, keep: Tensor | None = None) -> nn.Sequential:
             layer.bias.copy_(weights[i + 1][0])
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1]).eval()
+
+
+def checkpoints(task: Task, seed: int, count: int = 3) -> list[nn.Sequential]:
+    """The model in the middle of each of ``count`` equal parts of its run."""
+    return [model(task, seed, round(task.steps * (i + 0.5) / count)) for i in range(count)]

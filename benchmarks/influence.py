@@ -1,7 +1,8 @@
 """Do influence scores predict retrained models? LDS, mislabels, removal; beside kronfluence.
 
-    python benchmarks/influence.py [--parts lds mislabel removal] [--tasks diabetes digits]
+    python benchmarks/influence.py [--parts lds mislabel removal] [--tasks diabetes digits ...]
                                    [--masks 100] [--repeats 5] [--seeds 3] [--bank-seed 0]
+                                   [--split 0]
 
 ``lds``
     Models are retrained on 100 random halves of the training data, five times each (the bank, kept
@@ -10,8 +11,13 @@
     intervals over queries and halves, and the ceiling that noise of retraining leaves. kronfluence,
     if it is installed, has the same models, data and bank.
     "damping of the run" is :func:`curvlib.influence.training_damping`, from learning rate, steps,
-    momentum and weight decay alone. "chosen" damping has the largest LDS on a bank of its own: 20
-    halves x 2 retrainings with other seeds; half of the queries, the other half is judged, too.
+    momentum and weight decay alone; "chosen" damping :func:`curvlib.influence.select_damping`, from
+    a bank of its own: 20 halves x 2 retrainings with other seeds, for one half of the queries by
+    the other. "checkpoints" averages the scores of three models of the run, in the middle of its
+    first, second and last third. CG takes 10 iterations.
+
+    How the recipes were found says ``docs/decisions/0021``. "fitted digits" is a harder one:
+    batches of 32, and pixels divided by 16.
 ``mislabel``
     10 % of the digits' labels are changed; examples are inspected by self-influence or by loss.
 ``removal``
@@ -40,10 +46,14 @@ from curvlib.influence.lds import linear_datamodeling_score
 from curvlib.influence.mislabel import mislabel_detection
 from curvlib.influence.refined import refined
 from curvlib.influence.removal import removal_curve
+from curvlib.influence.selection import select_damping
 from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
 
-TASKS = {"diabetes": ensembles.diabetes, "digits": ensembles.digits}
-DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
+TASKS = {
+    "diabetes": ensembles.diabetes,
+    "digits": ensembles.digits,
+    "fitted digits": ensembles.fitted_digits,
+}
 Method = Callable[[nn.Module, Task], Tensor]
 
 
@@ -54,7 +64,7 @@ def influence(
 
     def scores(model: nn.Module, task: Task) -> Tensor:
         risk = cl.Risk(model, task.loss(), task.train)
-        own = refined(risk) if curvature == "refined" else curvature
+        own = refined(risk, iterations=10) if curvature == "refined" else curvature
         own_damping = task.damping if of_run else damping
         found = Influence.of(risk, own, damping=own_damping, relative=not of_run, progress=False)
         return found.scores(task.query).scores
@@ -71,6 +81,8 @@ METHODS: dict[str, Method] = {
     "EK-FAC, damping of the run": influence(of_run=True),
     "EK-FAC + CG, damping of the run": influence("refined", of_run=True),
 }
+
+CHECKPOINTED = ("EK-FAC (default)", "EK-FAC, damping of the run")
 
 
 def kronfluence_methods() -> dict[str, Method]:
@@ -93,7 +105,7 @@ def bank_of(task: Task, masks: int, repeats: int, seed: int) -> RetrainingBank:
 
     folder = Path("curvlib-out") / "influence-banks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{task.name}-{masks}x{repeats}-{seed}.safetensors"
+    name = f"{task.name}-{task.split}-{masks}x{repeats}-{seed}.safetensors".replace(" ", "-")
     return retraining_bank(
         train,
         len(task.train[0]),
@@ -101,25 +113,69 @@ def bank_of(task: Task, masks: int, repeats: int, seed: int) -> RetrainingBank:
         repeats=repeats,
         together=25 * repeats,
         seed=seed,
-        problem=f"{task.name} {task.lr} {task.epochs} {task.momentum}",
+        problem=f"{task.name} {task.split} {task.lr} {task.epochs} {task.momentum} {task.batch}",
         checkpoint=folder / name,
     )
 
 
 def lds_rows(args: argparse.Namespace, task: Task) -> list[dict[str, Any]]:
     bank = bank_of(task, args.masks, args.repeats, args.bank_seed)
-    models = [ensembles.model(task, 10_000 + seed) for seed in range(args.seeds)]
-    rows = []
-    for name, method in (METHODS | kronfluence_methods()).items():
-        start = time.perf_counter()
-        every = [method(model, task) for model in models]
-        seconds = (time.perf_counter() - start) / len(models)
-        rows.append(_lds_row(task, bank, name, every, seconds))
-    rows.append(_selected(args, task, bank, models))
+    seeds = range(10_000, 10_000 + args.seeds)
+    models = [[ensembles.model(task, seed)] for seed in seeds]
+    runs = [ensembles.checkpoints(task, seed) for seed in seeds]
+    every = METHODS | kronfluence_methods()
+    rows = [_lds_row(task, bank, name, models, method) for name, method in every.items()]
+    rows += [
+        _lds_row(task, bank, f"{name}, checkpoints", runs, METHODS[name]) for name in CHECKPOINTED
+    ]
+    for name, groups in (("EK-FAC", models), ("EK-FAC, checkpoints", runs)):
+        rows += [_selected_row(args, task, bank, f"{name}, chosen damping", groups)]
     return rows
 
 
 def _lds_row(
+    task: Task, bank: RetrainingBank, name: str, groups: list[list[nn.Module]], method: Method
+) -> dict[str, Any]:
+    """Scores of each group of models are averaged; groups count as single ones."""
+    start = time.perf_counter()
+    every = [torch.stack([method(m, task) for m in group]).mean(0) for group in groups]
+    return _row(task, bank, name, every, time.perf_counter() - start)
+
+
+def _selected_row(
+    args: argparse.Namespace,
+    task: Task,
+    bank: RetrainingBank,
+    name: str,
+    groups: list[list[nn.Module]],
+) -> dict[str, Any]:
+    """Damping by a small bank of other seeds, for one half of the queries by the other."""
+    small = bank_of(task, 20, 2, args.bank_seed + 1)
+    start = time.perf_counter()
+    fits = [
+        [Influence.of(cl.Risk(m, task.loss(), task.train), progress=False) for m in group]
+        for group in groups
+    ]
+    x, y = task.query
+    every = [torch.zeros(len(x), len(task.train[0])) for _ in groups]
+    chosen = []
+    for judged in (slice(0, len(x) // 2), slice(len(x) // 2, len(x))):
+        rest = torch.ones(len(x), dtype=torch.bool)
+        rest[judged] = False
+        found = select_damping(
+            [fit for group in fits for fit in group],
+            (x[rest], y[rest]),
+            replace(small, losses=small.losses[:, :, rest]),
+            resamples=2,
+        )
+        chosen.append(found.damping)
+        for scores, group in zip(every, fits, strict=True):
+            own = [fit.damped(found.damping).scores((x[judged], y[judged])).scores for fit in group]
+            scores[judged] = torch.stack(own).mean(0)
+    return _row(task, bank, name, every, time.perf_counter() - start) | {"chosen": chosen}
+
+
+def _row(
     task: Task, bank: RetrainingBank, name: str, every: list[Tensor], seconds: float
 ) -> dict[str, Any]:
     singles = [linear_datamodeling_score(scores, bank) for scores in every]
@@ -128,6 +184,7 @@ def _lds_row(
     row = {
         "part": "lds",
         "task": task.name,
+        "split": task.split,
         "method": name,
         "single": sum(values) / len(values),
         "single low": sum(f.low for f in singles) / len(singles),
@@ -136,32 +193,10 @@ def _lds_row(
         "low": ensemble.low,
         "high": ensemble.high,
         "ceiling": ensemble.ceiling,
-        "seconds": seconds,
+        "seconds": seconds / len(every),
     }
     print(common.table([row], COLUMNS["lds"]).splitlines()[-1], flush=True)
     return row
-
-
-def _selected(
-    args: argparse.Namespace, task: Task, bank: RetrainingBank, models: list[nn.Module]
-) -> dict[str, Any]:
-    """Damping by a small bank of other halves, other seeds and half of the queries."""
-    Q = len(task.query[0]) // 2
-    small = bank_of(task, 20, 2, args.bank_seed + 1)
-    small = replace(small, losses=small.losses[:, :, :Q])
-    start = time.perf_counter()
-    fits = [Influence.of(cl.Risk(m, task.loss(), task.train), progress=False) for m in models]
-    tried: dict[float, list[Tensor]] = {}
-    merits = {}
-    for damping in DAMPINGS:
-        tried[damping] = [fit.damped(damping).scores(task.query).scores for fit in fits]
-        mean = torch.stack(tried[damping]).mean(0)[:Q]
-        merits[damping] = linear_datamodeling_score(mean, small, resamples=2).value
-    best = max(merits, key=lambda damping: merits[damping])
-    seconds = (time.perf_counter() - start) / len(models)
-    judged = replace(bank, losses=bank.losses[:, :, Q:])
-    every = [scores[Q:] for scores in tried[best]]
-    return _lds_row(task, judged, f"EK-FAC, damping {best:g} chosen", every, seconds)
 
 
 def mislabel_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -193,8 +228,8 @@ def mislabel_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _flipped(seed: int) -> tuple[Task, Tensor]:
-    """Digits of which 10 % have another label."""
-    task = ensembles.digits()
+    """Fitted digits of which 10 % have another label."""
+    task = ensembles.fitted_digits()
     x, y = task.train
     random = torch.Generator().manual_seed(100 + seed)
     flipped = torch.zeros(len(y), dtype=torch.bool)
@@ -271,6 +306,7 @@ def main() -> None:
     add("--repeats", type=int, default=5)
     add("--seeds", type=int, default=3)
     add("--bank-seed", type=int, default=0)
+    add("--split", type=int, default=0)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--no-save", action="store_true")
     args = parser.parse_args()
@@ -281,7 +317,7 @@ def main() -> None:
         if part == "mislabel":
             new = mislabel_rows(args)
         for name in args.tasks if part != "mislabel" else []:
-            new += (lds_rows if part == "lds" else removal_rows)(args, TASKS[name]())
+            new += (lds_rows if part == "lds" else removal_rows)(args, TASKS[name](args.split))
         rows += new
         print(common.table(new, COLUMNS[part]), end="\n\n", flush=True)
     if not args.no_save:

@@ -130,8 +130,51 @@ def products(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, A
     return rows
 
 
+def ekfac(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Traffic of a fit, and its time beside one process's."""
+    import curvlib as cl
+
+    problem = common.problem("mlp")
+    loss = nn.CrossEntropyLoss()
+    count = len(problem.x)
+    own = slice(rank * count // size, (rank + 1) * count // size)
+    risk = cl.Risk(problem.model, loss, [(problem.x[own], problem.y[own])])
+    alone = cl.Risk(problem.model, loss, [(problem.x, problem.y)], group=False)
+    sides = [(m.out_features, m.in_features + 1) for m in problem.model if hasattr(m, "weight")]
+    moments = sum(o * o + i * i for o, i in sides)
+    numbers = 2 * moments + sum(o * i for o, i in sides)  # sums, eigenvectors, eigenvalues
+    formula = 4 * numbers + 8 * sum(o + i for o, i in sides)  # those of factors are float64
+    seconds: dict[str, list[float]] = {"alone": [], "shared": []}
+    for _ in range(max(1, args.rounds // 3)):
+        dist.barrier()
+        if rank == 0:
+            start = time.perf_counter()
+            cl.kfac(alone, fisher="mc", progress=False)
+            seconds["alone"].append(time.perf_counter() - start)
+        dist.barrier()
+        with traffic() as seen:
+            start = time.perf_counter()
+            cl.kfac(risk, fisher="mc", progress=False)
+            seconds["shared"].append(time.perf_counter() - start)
+    if rank != 0:
+        return []
+    row = {
+        "problem": "ekfac fit of the mlp",
+        "speedup": statistics.median(seconds["alone"]) / statistics.median(seconds["shared"]),
+        "bytes": seen.bytes,
+        "formula": formula,
+    }
+    print(
+        f"EK-FAC fit of the mlp: {row['speedup']:.2f} times faster on 2, {seen.bytes} bytes "
+        f"(formula {formula}, without headers)",
+        flush=True,
+    )
+    return [row]
+
+
 PARTS: dict[str, Callable[[int, int, argparse.Namespace], list[dict[str, Any]]]] = {
     "products": products,
+    "ekfac": ekfac,
 }
 
 

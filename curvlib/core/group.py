@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,11 +153,19 @@ class Group:
             like = torch.empty(count, dtype=torch.uint8, device=self.device)
         if self.first and tensor is not None:
             like.copy_(tensor)
+        return self.sent(like, 0)
+
+    def sent(self, own: Tensor, rank: int) -> Tensor:
+        """One rank's tensor, on every rank.
+
+        Args:
+            own: On that rank what is sent, elsewhere a tensor of its shape and type to be filled.
+            rank: Which one, in the order of the group.
+        """
         with self._answered("a broadcast"):
-            dist.broadcast(
-                like, src=dist.get_global_rank(self.process_group, 0), group=self.process_group
-            )
-        return like
+            source = dist.get_global_rank(self.process_group, rank)
+            dist.broadcast(own, src=source, group=self.process_group)
+        return own
 
     def lent(self, value: Any, lender: int) -> Any:
         """A value of one rank, pickled, on every rank."""
@@ -263,6 +271,11 @@ def group_of(choice: GroupChoice = None) -> Group | None:
     if size == 1:
         return None
     return Group(process_group, rank, size, _small_device(process_group))
+
+
+def together(group: Group | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Group.together`, where there is a group."""
+    return nullcontext() if group is None else group.together(what)
 
 
 def devices_of(group: Group) -> set[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,33 @@ def joined(
     _, weights, batches, examples, *_ = (sum(column) for column in columns)
     finite = all(row[19] for row in every)
     return Shard(total, float(weights), int(batches), int(examples), finite=finite)
+
+
+def gathered(risk: Risk, rows: Callable[[], Tensor], given: Tensor | None = None) -> Tensor:
+    """Rows of all ranks, in the order of ranks: those of the data in its order.
+
+    A rank sends its own rows once and receives those of the others.
+
+    Args:
+        risk: The risk.
+        rows: Returns this rank's, ``[n, ...]`` with ``n`` of its own; it does not communicate.
+        given: What the pass multiplies: it must be the same on every rank.
+
+    Raises:
+        RuntimeError: If a rank failed, or ranks differ in program, parameters or vectors.
+        Exception: This rank's own failure.
+    """
+    if risk.group is None:
+        return rows()
+    own, failure = None, None
+    try:
+        own = rows()
+    except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
+        failure = error
+    batches, examples = risk.seen
+    joined(risk.group, risk, Shard(None, 0.0, batches, examples, failure), given)
+    assert own is not None
+    return torch.cat(risk.group.rows(own.contiguous()))
 
 
 def _require_alike(group: Group, every: list[list[float]]) -> None:

@@ -7,7 +7,6 @@ loops draw them. Draws are independent of each other, or *disjoint* (no example 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.data import is_mapping, mapped
 from curvlib.core.examples import chosen_examples
+from curvlib.core.group import together
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 
@@ -34,7 +34,7 @@ def example_count(risk: Risk) -> int:
 def example_counts(risk: Risk) -> list[int]:
     """The number of examples of each rank's shard; one number where there is one process."""
     count = 0
-    with _together(risk):
+    with together(risk.group, "counting its examples"):
         if risk.in_memory is not None:
             count = sum(Batch(risk, i, data).examples for i, data in enumerate(risk.in_memory))
         if not count:
@@ -47,10 +47,6 @@ def example_counts(risk: Risk) -> list[int]:
 def example_start(risk: Risk) -> int:
     """The number, among all ranks' examples, of the first one of this rank's shard."""
     return 0 if risk.group is None else sum(example_counts(risk)[: risk.group.rank])
-
-
-def _together(risk: Risk) -> AbstractContextManager[None]:
-    return nullcontext() if risk.group is None else risk.group.together("counting its examples")
 
 
 def require_batch_size(batch_size: Any, count: int) -> int:
@@ -133,13 +129,14 @@ def minibatches(
         ]
     parts: list[list[Any]] = [[] for _ in chosen]
     start = example_start(risk)
-    for batch in risk.batches(shard=True):
-        stop = start + batch.examples
-        for indices, found in zip(chosen, parts, strict=True):
-            inside = indices[(indices >= start) & (indices < stop)] - start
-            if inside.numel():
-                found.append(chosen_examples(batch, inside).data)
-        start = stop
+    with together(risk.group, "drawing mini-batches"):
+        for batch in risk.batches(shard=True):
+            stop = start + batch.examples
+            for indices, found in zip(chosen, parts, strict=True):
+                inside = indices[(indices >= start) & (indices < stop)] - start
+                if inside.numel():
+                    found.append(chosen_examples(batch, inside).data)
+            start = stop
     return [risk.on(_joined(found) if found else []) for found in parts]
 
 

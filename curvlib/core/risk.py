@@ -46,6 +46,7 @@ from curvlib.core.data import (
 from curvlib.core.exhausted import pass_names_what_fits
 from curvlib.core.fingerprint import content_of, fingerprint
 from curvlib.core.group import Group, GroupChoice, group_of
+from curvlib.core.in_step import InStep
 from curvlib.core.joined import Shard, joined, problem_digest, require_device
 from curvlib.core.loss import Loss, read_loss
 from curvlib.core.space import ParamSelection, ParamSpace, clean_name, select
@@ -143,7 +144,7 @@ class Risk:
         spread = sharded.spread_of(self._held, self.places)
         self.space = replace(ParamSpace.from_named(self.params), spread=spread)
         self._regather: sharded.Regather | None = None  # during a pass
-        self._loan: Batch | None = None  # what a rank without batches goes through with others
+        self._in_step = InStep(self)
         self.device = self.space.device if device is None else torch.device(device)
         self._batches = reiterable(data) if self.in_memory is None else self.in_memory
         self.known_bits: tuple[Any, int] | None = None  # of the parameters, for other ranks
@@ -200,7 +201,7 @@ class Risk:
             own = torch.as_tensor(batch.weight, dtype=torch.float64, device=self.device)
             return own if total is None else total + own
 
-        return float(_some(self._joined_pass(add, 1.0).total))
+        return float(_some(self._joined_pass(add, None).total))
 
     def check(self, *, seed: int = 0) -> Report:
         """Looks for what makes curvature meaningless: see :func:`curvlib.core.check.check`."""
@@ -327,10 +328,10 @@ class Risk:
         total = _some(found.total)
         if known is None:
             total.div_(_positive(found.weight))
-        if rows:
-            if not found.finite:
-                raise FloatingPointError(_NOT_FINITE)
+        if rows and found.finite:
             return total
+        if rows or (self.places and not bool(torch.isfinite(total).all())):
+            raise FloatingPointError(_NOT_FINITE)
         # one read: overflow of the sum alone is told apart by the second
         if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
             from curvlib.core.check import non_finite
@@ -338,10 +339,26 @@ class Risk:
             raise FloatingPointError(non_finite(self))
         return total
 
+    def summed(
+        self, add: Callable[[Batch, Tensor | None], Tensor], given: Tensor | None = None
+    ) -> Tensor:
+        """The sum of a function of batches as it is, whatever the loss and its weights.
+
+        Args:
+            add: As for :meth:`accumulate`, with ``batch.scale == 1``.
+            given: What the pass multiplies, which must be the same on every rank.
+
+        Raises:
+            ValueError: If there is no batch.
+            RuntimeError: If the data changed between two passes, or another rank failed.
+        """
+        self.require_whole("this function")
+        return _some(self._joined_pass(add, None, given).total)
+
     def _joined_pass(
         self,
         add: Callable[[Batch, Tensor | None], Tensor],
-        scale: float,
+        scale: float | None,
         given: Tensor | None = None,
         rows: bool = False,
     ) -> Shard:
@@ -355,13 +372,14 @@ class Risk:
             own = Shard(None, 0.0, 0, 0, failure)
         return joined(self.group, self, own, given)
 
-    def _pass(self, add: Callable[[Batch, Tensor | None], Tensor], scale: float) -> Shard:
-        """One pass over this rank's batches; weights are summed where the scale is not known."""
+    def _pass(self, add: Callable[[Batch, Tensor | None], Tensor], scale: float | None) -> Shard:
+        """One pass over this rank's batches; weights are summed where the scale is 1."""
         total: Tensor | None = None
         weight: Tensor | float = 0.0
         count, examples = 0, 0
+        scale_of_batch = 1.0 if scale is None else scale
         with self.untouched(), self._gathering():
-            for batch in self._together(scale) if self.places else self.batches(scale, shard=True):
+            for batch in self._own_or_lent(scale_of_batch):
                 total = add(batch, total)
                 if batch.lent:
                     continue
@@ -380,6 +398,11 @@ class Risk:
             return None
         data = (to_device(d, self.device) for d in self.in_memory)
         return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Batches and examples of this rank's shard; zeros before the first full pass."""
+        return self._seen or (0, 0)
 
     def untouched(self) -> AbstractContextManager[None]:
         """Entered around a pass: second derivatives exist, and the model is left as it was.
@@ -409,42 +432,11 @@ class Risk:
             finally:
                 self._regather = None
 
-    def _together(self, scale: float) -> Iterator[Batch]:
-        """As :meth:`batches`, as often on every rank.
-
-        Those that have no more go through a batch that they had, or that another rank has lent,
-        and multiply its loss by zero.
-        """
-        own = iter(self._own_batches(scale))
-        while True:
-            batch, failure = None, None
-            try:
-                batch = next(own, None)
-            except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
-                failure = error
-            if self.group is None:
-                if failure is not None:
-                    raise failure
-                if batch is None:
-                    return
-                yield batch
-                continue
-            own_state = [failure is not None, batch is not None, self._loan is not None]
-            every = self.group.numbers([float(flag) for flag in own_state])
-            if any(row[0] for row in every):
-                self.group.raise_failure(failure, "a pass over its data")
-            if not any(row[1] for row in every):
-                return
-            if not all(row[1] or row[2] for row in every):
-                lender = next(rank for rank, row in enumerate(every) if row[1])
-                lent = None if batch is None else to_device(batch.data, torch.device("cpu"))
-                data = to_device(self.group.lent(lent, lender), self.device)
-                if batch is None:
-                    self._loan = Batch(self, 0, data, scale, lent=True)
-            if batch is not None:
-                self._loan = replace(batch, lent=True)
-            assert self._loan is not None
-            yield self._loan if batch is None else batch
+    def _own_or_lent(self, scale: float) -> Iterator[Batch]:
+        if not self.places:
+            return self.batches(scale, shard=True)
+        own = self._own_batches(scale)
+        return own if self.group is None else self._in_step.batches(self.group, own)
 
     def batches(self, scale: float = 1.0, *, shard: bool = False) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
@@ -593,7 +585,7 @@ class Risk:
 
 
 _NOT_FINITE = (
-    "the sum over the ranks' batches is not finite in a row of some rank: a loss or a derivative "
+    "the sum over the batches of all ranks is not finite: a loss or a derivative "
     "overflows or is undefined here, or the vectors are not finite; look at the data, the "
     "parameters and the loss, or use a higher precision"
 )

@@ -18,7 +18,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -34,7 +33,7 @@ from curvlib.core.files import (
     shared_record,
     write_record,
 )
-from curvlib.core.group import Group
+from curvlib.core.group import Group, together
 from curvlib.core.spread import Spread
 
 S = TypeVar("S")
@@ -121,7 +120,7 @@ def run(
     state = None
     if checkpoint is not None:
         identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
-        with _together(group, "opening its checkpoint"):
+        with together(group, "opening its checkpoint"):
             saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group), spread)
         state = saver.load(state_type, device, group)
     if state is None:
@@ -141,8 +140,8 @@ def run(
                 saver.changed = True
                 stopped, due = interrupts.count, saver.due()
                 if group is not None:
-                    together = group.most([float(stopped), float(due)])
-                    stopped, due = int(together[0]), bool(together[1])
+                    agreed = group.most([float(stopped), float(due)])
+                    stopped, due = int(agreed[0]), bool(agreed[1])
                 if stopped or due:
                     saver.save(state)
                 if stopped:
@@ -157,10 +156,6 @@ def run(
 
 def _is_first(group: Group | None) -> bool:
     return group is None or group.first
-
-
-def _together(group: Group | None, what: str) -> AbstractContextManager[None]:
-    return nullcontext() if group is None else group.together(what)
 
 
 class _Saver:

@@ -224,7 +224,7 @@ def _assess_check(plan: Plan, state: KrylovState) -> KrylovState:
             betas = torch.cat([T.diagonal(1), E[:, -1]])
             seen = [lanczos.amplification(T.diagonal(), betas, at) for _, at in ends]
             settled = settled or min(seen) >= enough
-        if not settled and state.checked < max(10, state.products - state.checked):
+        if not settled and state.checked < _patience(plan, state):
             return state
     return _to_verify(replace(state, T=state.T[:k, :k], dropped=state.dropped[:k], size=k, block=0))
 
@@ -275,8 +275,26 @@ def _restart(plan: Plan, state: KrylovState) -> KrylovState:
     room = state.rows.shape[0] - state.locked - 2 * state.block
     keep = min(wanted + (length - wanted) // 2, room)
     theta, S = torch.linalg.eigh(state.T[state.locked :, state.locked :])
-    best = wanted_first(theta, plan.which)[:keep]
+    which = _end_looked_at(plan, state) if state.phase == "check" else plan.which
+    best = wanted_first(theta, which)[:keep]
     return _rotated(state, S[:, best], theta[best])
+
+
+def _end_looked_at(plan: Plan, state: KrylovState) -> str:
+    """Where a check looks for missed copies: of two ends one after the other.
+
+    In a small buffer a few vectors are kept, perhaps one: they go to the end that they are near,
+    where there may be nothing wanted, and the other one is never seen.
+    """
+    if plan.which in ("LA", "SA"):
+        return plan.which
+    return "LA" if 2 * state.checked < _patience(plan, state) else "SA"
+
+
+def _patience(plan: Plan, state: KrylovState) -> int:
+    """Products of a check, at most."""
+    ends = 1 if plan.which in ("LA", "SA") else 2
+    return max(10 * ends, state.products - state.checked)
 
 
 # ------------------------------------------------------------------- measurements

@@ -17,6 +17,7 @@ from curvlib.influence.recall import Recall, recall
 from curvlib.influence.refined import refined
 from curvlib.influence.removal import RemovalCurve, removal_curve
 from curvlib.influence.result import InfluenceScores, SelfInfluence, TopInfluence
+from curvlib.influence.selection import DampingSelection, select_damping
 from curvlib.influence.store import ScoreMatrix
 from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
 from curvlib.operators.factored_damping import factored_damping
@@ -25,6 +26,7 @@ __all__ = [
     "LDS",
     "BoundedScores",
     "Candidates",
+    "DampingSelection",
     "Influence",
     "InfluenceScores",
     "LanguageInfluence",
@@ -56,6 +58,7 @@ __all__ = [
     "removal_curve",
     "retraining_bank",
     "score_matrix",
+    "select_damping",
     "tfidf",
     "training_damping",
     "uniform",

@@ -35,15 +35,16 @@ def accuracy(risk: Risk) -> float:
         raise ValueError(
             f"accuracy needs a loss over classes, got {risk.loss.describe()}; use risk.value()"
         )
-    right, terms = 0, 0
-    with risk.untouched(), torch.no_grad():
-        for batch in risk.batches():
-            hits, valid = _hits(batch)
-            right += int(hits.sum())
-            terms += int(valid.sum())
+
+    @torch.no_grad()
+    def add(batch: Batch, total: Tensor | None) -> Tensor:
+        counts = torch.stack([found.sum() for found in _hits(batch)])
+        return counts if total is None else total + counts
+
+    right, terms = risk.summed(add).tolist()
     if terms == 0:
         raise ValueError("the data has no valid loss term: every target is ignored")
-    return right / terms
+    return float(right / terms)
 
 
 def _hits(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlib.core.group import Group, GroupChoice, together
 from curvlib.core.risk import Risk
 
 
@@ -68,6 +69,7 @@ def batch_moments(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
+    group: GroupChoice = None,
 ) -> tuple[dict[str, Moments], int]:
     """The moments of the inputs of batch-normalization layers, in one pass.
 
@@ -81,6 +83,8 @@ def batch_moments(
         forward: Function of ``(model, batch)``, where the model is not called on the first item
             of a pair or by the names of a mapping.
         device: Where batches are moved. Default: the parameters' device.
+        group: The processes whose shards make the data, as for :class:`curvlib.core.risk.Risk`.
+            A rank sends a mean and a sum of squares for each channel, as text.
 
     Returns:
         Moments of the layers that were reached, by name, and the number of batches.
@@ -88,6 +92,7 @@ def batch_moments(
     Raises:
         TypeError: If a batch is of an unknown kind and there is no ``forward=``.
         ValueError: If there is no batch, or a batch has one value per channel only.
+        RuntimeError: If another rank failed.
 
     Example:
         >>> import torch
@@ -106,16 +111,17 @@ def batch_moments(
         reduction="sum",
         params=[first],
         device=device,
+        group=group,
     )
     found: dict[str, Moments] = {}
     batches = 0
-    with ExitStack() as stack:
+    with together(risk.group, "a pass over its data"), ExitStack() as stack:
         stack.enter_context(risk.untouched())
         stack.enter_context(torch.no_grad())
         stack.enter_context(_batch_statistics(risk.model, layers.values()))
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(_collect(name, found)).remove)
-        for batch in risk.batches():
+        for batch in risk.batches(shard=True):
             try:
                 risk.call(batch.data)
             except _TooFew as error:
@@ -124,7 +130,26 @@ def batch_moments(
                     "which has no variance; use larger batches, or drop_last=True"
                 ) from None
             batches += 1
-    return found, batches
+    if risk.group is None:
+        return found, batches
+    return _joined(risk.group, found, batches, first.device)
+
+
+def _joined(
+    group: Group, found: Mapping[str, Moments], batches: int, device: torch.device
+) -> tuple[dict[str, Moments], int]:
+    """The moments of all ranks' batches, merged in the order of ranks."""
+    own = {n: [m.count, m.mean.tolist(), m.squares.tolist()] for n, m in found.items()}
+    out: dict[str, Moments] = {}
+    every = group.values([own, batches])
+    for part, _ in every:
+        for name, (count, *sums) in part.items():
+            mean, squares = (torch.tensor(s, dtype=torch.float64, device=device) for s in sums)
+            new = Moments(count, mean, squares)
+            out[name] = out[name].merged(new) if name in out else new
+    if not out and not any(number for _, number in every):
+        raise ValueError("the data has no batch on any rank; pass at least one batch")
+    return out, sum(number for _, number in every)
 
 
 class _TooFew(Exception):  # noqa: N818 (never leaves this file)

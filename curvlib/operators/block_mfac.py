@@ -35,6 +35,7 @@ from curvlib.core.structured import finite_number
 from curvlib.operators.held_out import EVERY, held_out_damping
 from curvlib.operators.moments import Moments, mean_diagonals, second_moments
 from curvlib.operators.row_stack import RowStack
+from curvlib.operators.rows import RowDraw
 
 
 class BlockMFAC(BlockDiagonal):
@@ -46,7 +47,10 @@ class BlockMFAC(BlockDiagonal):
     Args:
         rows: ``[m, P]``, or an iterable of blocks ``[n, P]`` or vectors ``[P]``, such as
             :func:`~curvlib.operators.rows.gradient_rows`. It is read once, and not stored where
-            blocks are smaller than ``m``.
+            blocks are smaller than ``m``. Or a :class:`~curvlib.operators.rows.RowDraw`, whose
+            rows the ranks of a process group accumulate together: see
+            :func:`~curvlib.operators.moments.second_moments` for the traffic. Other rows have to
+            be the same on every rank.
         partition: The blocks: ``Partition.of(risk.space, 64)``.
         damping: :math:`\lambda`; or ``"auto"`` to choose a relative damping on held-out rows
             (every fifth; the operator is made of all rows in the end): see
@@ -89,7 +93,7 @@ class BlockMFAC(BlockDiagonal):
 
     def __init__(
         self,
-        rows: Tensor | Iterable[Tensor],
+        rows: Tensor | Iterable[Tensor] | RowDraw,
         partition: Partition,
         *,
         damping: float | str = 0.01,

@@ -116,6 +116,8 @@ def example_products(
 
     Returns:
         An iterator over blocks, in the order of the data. A block is used before the next one.
+        In a process group, the examples are those of this rank's shard, and neither the iterator
+        nor its products communicate: sums over examples are the caller's to join.
 
     Raises:
         ValueError: If ``kind`` is unknown, ``block`` not positive, ``start`` negative, a batch
@@ -139,13 +141,13 @@ def example_products(
         raise ValueError(f"block= needs at least one example, got {block}")
     if start < 0:
         raise ValueError(f"start= needs a number of examples, at least 0, got {start}")
-    return _stream(risk, kind, block, start)
+    return _stream(risk if risk.group is None else risk.alone(), kind, block, start)
 
 
 def _stream(risk: Risk, kind: str, block: int, skipped: int) -> Iterator[ExampleProducts]:
     batched = True
     first = True
-    batches = risk.batches()
+    batches = risk.batches(shard=True)
     while True:
         with risk.untouched():  # the model is as it was whenever the caller has control
             batch = next(batches, None)

@@ -10,17 +10,23 @@ Source:
     Paul, Ganguli and Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in
     Training", 2021, definitions 2.1 (GraNd) and 2.2 (EL2N). Both are means over the first epochs
     of several runs there: average what these functions return for several models.
+
+In a process group, every rank gets the numbers of all examples, in the order of ranks, of which it
+sends those of its shard: :math:`8 N / R` bytes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.joined import gathered
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, one_example
-from curvlib.operators.gradients import gradients
+from curvlib.operators.gradients import shard_gradients
 from curvlib.operators.loss_hessian import probabilities
 
 
@@ -40,15 +46,7 @@ def example_losses(risk: Risk) -> Tensor:
         [9.0, 9.0]
     """
     _require_risk(risk, "example_losses")
-    parts = []
-    batches = risk.batches()
-    while True:
-        with risk.untouched(), torch.no_grad():
-            batch = next(batches, None)
-            if batch is None:
-                break
-            parts.append(_losses(batch).double().cpu())
-    found = torch.cat(parts)
+    found = _each(risk, lambda batch: _losses(batch).double())
     bad = (~torch.isfinite(found)).nonzero()
     if len(bad):
         raise FloatingPointError(
@@ -85,18 +83,13 @@ def error_norms(risk: Risk) -> Tensor:
             "there are no error norms; use cross-entropy, NLL, MSE or BCE-with-logits, or "
             "gradient_norms(risk)"
         )
-    parts = []
-    batches = risk.batches()
-    while True:
-        with risk.untouched(), torch.no_grad():
-            batch = next(batches, None)
-            if batch is None:
-                break
-            n = example_count(batch)
-            output = loss.readable(batch.output(), batch.target).double()
-            errors = _errors(batch, output)
-            parts.append(errors.reshape(n, -1).square().sum(1).sqrt().cpu())
-    return torch.cat(parts)
+
+    def norms(batch: Batch) -> Tensor:
+        n = example_count(batch)
+        output = loss.readable(batch.output(), batch.target).double()
+        return _errors(batch, output).reshape(n, -1).square().sum(1).sqrt()
+
+    return _each(risk, norms)
 
 
 def gradient_norms(risk: Risk, *, block: int = 64) -> Tensor:
@@ -118,8 +111,33 @@ def gradient_norms(risk: Risk, *, block: int = 64) -> Tensor:
         [6.0, 12.0]
     """
     _require_risk(risk, "gradient_norms")
-    rows = gradients(risk, block=block)
-    return torch.cat([torch.linalg.vector_norm(part, dim=1).double().cpu() for part in rows])
+
+    def norms() -> Tensor:
+        rows = shard_gradients(risk, block=block)
+        return _column(risk, [torch.linalg.vector_norm(part, dim=1).double() for part in rows])
+
+    return gathered(risk, norms).cpu()
+
+
+def _each(risk: Risk, numbers: Callable[[Batch], Tensor]) -> Tensor:
+    """Numbers of the examples of each batch, of all ranks' data in its order, on the CPU."""
+
+    def own() -> Tensor:
+        parts: list[Tensor] = []
+        batches = risk.batches(shard=True)
+        while True:
+            with risk.untouched(), torch.no_grad():
+                batch = next(batches, None)
+                if batch is None:
+                    return _column(risk, parts)
+                parts.append(numbers(batch))
+
+    return gathered(risk, own).cpu()
+
+
+def _column(risk: Risk, parts: list[Tensor]) -> Tensor:
+    none = torch.zeros(0, dtype=torch.float64, device=risk.space.device)
+    return torch.cat([none, *(part.to(none.device) for part in parts)])
 
 
 def _losses(batch: Batch) -> Tensor:

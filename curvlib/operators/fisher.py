@@ -39,7 +39,7 @@ from curvlib.operators.head_curvature import (
     sampled_chunks,
 )
 from curvlib.operators.hessian import MEMORY
-from curvlib.operators.labels import SampledLabels
+from curvlib.operators.labels import SampledLabels, terms_before
 from curvlib.operators.loss_hessian import (
     Curvature,
     class_axis,
@@ -62,7 +62,7 @@ def fisher(
             axis.
         samples: Sampled targets for each loss term, for ``"mc"``.
         seed: Of the samples. Targets are drawn in the order of the data, so that the way it is
-            split into batches does not change the operator.
+            split into batches, or over the ranks of a process group, does not change the operator.
         memory: Bytes that kept graphs, and graphs of columns done at once, may take.
 
     Returns:
@@ -93,6 +93,7 @@ def fisher(
         )
     curvature: Callable[[Batch, Tensor], Curvature]
     head: Callable[[Batch, Logits], ChunkCurvature]
+    before: Callable[[Risk], None] | None = None
     if kind == "empirical":
         name, curvature, head = "empirical Fisher", _empirical, empirical_chunks
     elif kind == "type2":
@@ -100,11 +101,13 @@ def fisher(
     else:
         risk.require_whole("the Monte-Carlo Fisher")
         sampled = _MonteCarlo(samples, seed)
+        before = sampled.prepare
         name, curvature, head = "Monte-Carlo Fisher", sampled, sampled.chunks
     return gauss_newton(
         risk,
         curvature,
         head=head,
+        before=before,
         name=name,
         psd=True,
         memory=memory,
@@ -135,27 +138,31 @@ def _empirical(batch: Batch, output: Tensor) -> Curvature:
 
 
 class _MonteCarlo:
-    """Draws targets batch after batch: each pass over the data draws the same."""
+    """Draws targets batch after batch: each pass over the data draws the same.
+
+    In a process group, a rank passes over the numbers of the ranks before it.
+    """
 
     def __init__(self, samples: int, seed: int) -> None:
-        self.samples = samples
-        self.seed = seed
         self.labels = SampledLabels(samples, generator_of(None, seed))
+        self.samples = samples
+        self._start: Tensor | None = None  # state of the generator at the shard's first batch
+
+    def prepare(self, risk: Risk) -> None:
+        """Called before each pass."""
+        if self._start is None:
+            self.labels.skip(terms_before(risk))
+            self._start = self.labels.generator.get_state()
+        self.labels.generator.set_state(self._start)
 
     def chunks(self, batch: Batch, logits: Logits) -> ChunkCurvature:
         """The same for a loss that owns the head."""
-        return sampled_chunks(batch, logits, self._labels(batch))
-
-    def _labels(self, batch: Batch) -> SampledLabels:
-        if batch.index == 0:
-            self.labels = SampledLabels(self.samples, generator_of(None, self.seed))
-        return self.labels
+        return sampled_chunks(batch, logits, self.labels)
 
     def __call__(self, batch: Batch, output: Tensor) -> Curvature:
-        labels = self._labels(batch)
         loss = batch.risk.loss
         readable = loss.readable(output, batch.target)
-        scores = labels.scores(loss, readable)
+        scores = self.labels.scores(loss, readable)
         weight = term_weights(loss, readable, batch.target) / self.samples
         if not loss.categorical:  # entries of the target are independent given the output
             diagonal = scores.square().sum(0) * weight

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from curvlib.core.batch import Batch
+from curvlib.core.joined import gathered
 from curvlib.core.risk import Risk
 from curvlib.core.structured import Diagonal
 from curvlib.operators import kfac_squares
@@ -55,28 +57,20 @@ def fisher_diagonal(
     require_kind(risk.loss, fisher, samples)
     blocks = score_blocks(risk)
     passes = GradientPasses(risk, blocks)
-    total = risk.space.empty().zero_()
-    weight = 0.0
 
     def chosen(one: Pass) -> Iterator[Direction]:
         yield from directions(one.batch, one.output, fisher, samples, f"{seed}|0")
 
-    with risk.untouched():
-        for batch in risk.batches():
-            weight += 0.0 if risk.loss.reduction == "sum" else float(batch.weight)
-            for found in passes.of(batch, chosen):
-                squares = {block.name: _squares(block, found, total) for block in blocks}
-                total += flat_rows(blocks, squares, risk.space.size)[0]
-                if not bool(torch.isfinite(total.sum())):
-                    found.require_finite()
-    if risk.loss.reduction == "sum":
-        return Diagonal(total, name=f"{fisher} Fisher diagonal")
-    if not weight > 0.0:
-        raise ValueError(
-            "no loss term is valid: every target is ignored, or all weights are zero; "
-            "check ignore_index, class weights and weight="
-        )
-    return Diagonal(total / weight, name=f"{fisher} Fisher diagonal")
+    def add(batch: Batch, total: Tensor | None) -> Tensor:
+        out = risk.space.empty().zero_() if total is None else total
+        for found in passes.of(batch, chosen):
+            squares = {block.name: _squares(block, found, out) for block in blocks}
+            out += flat_rows(blocks, squares, risk.space.size)[0] * batch.scale
+            if not bool(torch.isfinite(out.sum())):
+                found.require_finite()
+        return out
+
+    return Diagonal(risk.accumulate(add), name=f"{fisher} Fisher diagonal")
 
 
 def _squares(block: ScoreBlock, found: GradientPass, like: Tensor) -> Tensor:
@@ -102,8 +96,14 @@ def affordable_fisher(risk: Risk) -> str:
     """
     if not risk.loss.known:
         return "empirical"
-    with risk.untouched(), torch.no_grad():
-        batch = next(risk.batches())
-        output = risk.loss.readable(batch.output(), batch.target)
-    each = output.numel() / max(1, example_count(batch))
+    none = torch.zeros(0, dtype=torch.float64, device=risk.space.device)
+
+    def outputs() -> Tensor:
+        with risk.untouched(), torch.no_grad():
+            for batch in risk.batches(shard=True):
+                output = risk.loss.readable(batch.output(), batch.target)
+                return none.new_tensor([output.numel() / max(1, example_count(batch))])
+        return none
+
+    each = float(gathered(risk, outputs)[0])  # of the first batch of all ranks'
     return "type2" if each <= AFFORDABLE else "mc"

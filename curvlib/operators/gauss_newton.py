@@ -68,6 +68,7 @@ def gauss_newton(
     identity: str = "",
     rebuild: Callable[[Risk], LinearOperator],
     compile: Compile = False,  # noqa: A002 (the name that torch uses)
+    before: Callable[[Risk], None] | None = None,
 ) -> LinearOperator:
     """The operator ``J' C J`` of a risk.
 
@@ -81,11 +82,12 @@ def gauss_newton(
         identity: What distinguishes this operator, beside the risk.
         rebuild: The same operator of another risk.
         compile: Whether products run as captured graphs: see :mod:`curvlib.operators.compiled`.
+        before: Called before each pass over the data, with the risk.
     """
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
     own = None if risk.loss.linear is None else head
-    product: Callable[[Tensor], Tensor] = _Product(risk, curvature, own, memory)
+    product: Callable[[Tensor], Tensor] = _Product(risk, curvature, own, memory, before)
     if compile is not False:
         risk.require_whole("compile=")
         form = partial(_form, curvature)
@@ -118,8 +120,10 @@ class _Product:
         curvature: Callable[[Batch, Tensor], Curvature],
         head: Callable[[Batch, Logits], ChunkCurvature] | None,
         memory: int,
+        before: Callable[[Risk], None] | None = None,
     ) -> None:
         self.risk = risk
+        self.before = before
         self.curvature = curvature
         self.head = head
         self.cache = GraphCache(risk, memory, self._build)
@@ -140,6 +144,8 @@ class _Product:
     def begin(self) -> None:
         """Called before each pass."""
         self.cache.begin()
+        if self.before is not None:
+            self.before(self.risk)
 
     def _build(self, batch: Batch) -> OutputGraph:
         if not self.reverse:

@@ -21,6 +21,7 @@ from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
 from curvlib.core.exhausted import is_exhausted, names_what_fits
 from curvlib.core.risk import Risk
+from curvlib.core.turns import in_turns
 from curvlib.operators.columns import batched_quietly
 
 
@@ -34,11 +35,14 @@ def gradients(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
         block: Rows of a block at most; memory is about that of ``block`` gradients.
 
     Yields:
-        Rows ``[n, P]`` with ``n <= block``. Divide by ``risk.weight()`` for terms of the mean.
+        Rows ``[n, P]`` with ``n <= block``. Divide by ``risk.weight()`` for terms of the mean. In a
+        process group, every rank gets the rows of all, and computes those of its shard: see
+        :mod:`curvlib.core.turns` for the traffic.
 
     Raises:
         ValueError: If ``block`` is not positive, a batch cannot be split into examples, or
             examples are not independent.
+        RuntimeError: If another rank failed.
 
     Example:
         >>> import torch, curvlib as cl
@@ -49,6 +53,14 @@ def gradients(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
         >>> rows.shape, bool(torch.allclose(rows.mean(0), risk.gradient()))
         (torch.Size([5, 2]), True)
     """
+    return in_turns(risk.group, shard_gradients(risk, block=block), risk.space.empty())
+
+
+def shard_gradients(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
+    """Gradients of the examples of this rank's shard, without communication.
+
+    For loops that add up what ranks make of them: see :func:`gradients`.
+    """
     if block < 1:
         raise ValueError(f"block= needs at least one row, got {block}")
     return _stream(risk, block)
@@ -56,7 +68,7 @@ def gradients(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
 
 def _stream(risk: Risk, block: int) -> Iterator[Tensor]:
     batched = True
-    batches = risk.batches()
+    batches = risk.batches(shard=True)
     while True:
         # the model is as it was whenever the caller has control
         with risk.untouched():

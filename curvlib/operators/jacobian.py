@@ -3,6 +3,11 @@ r"""Jacobian of a model's outputs over the data, and the neural tangent kernel.
 Rows are all entries of all outputs, batch after batch, each output flattened in row-major order:
 ``[N * C, P]`` for ``N`` examples with ``C`` outputs. The (empirical) neural tangent kernel is
 :math:`J J^T` (Jacot, Gabriel, Hongler, 2018). Neither is scaled.
+
+In a process group, rows are those of all ranks, in the order of ranks, on every rank. A rank
+computes those of its shard; with :math:`s` bytes for a number and :math:`K` columns, a product
+:math:`J V` sends :math:`s K N C / R` bytes (a gathering), and :math:`J^T U` sends
+:math:`2 s K P (R - 1) / R` (a sum).
 """
 
 from __future__ import annotations
@@ -10,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvlib.core.batch import Batch
+from curvlib.core.group import together
+from curvlib.core.joined import gathered
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import derivative, pieces
@@ -44,48 +52,53 @@ def jacobian(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
     """
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
-    with risk.untouched():
-        rows = sum(tensor_output(batch).numel() for batch in risk.batches())
+    own, first, rows = _row_counts(risk)
     cache = GraphCache(risk, memory, tensor_output)
     space = risk.space
 
     def product(columns: Tensor) -> Tensor:
-        out = torch.empty((columns.shape[1], rows), dtype=space.dtype, device=space.device).mT
-        start = 0
-        with risk.untouched():
-            for batch in risk.batches():
-                for piece in pieces(columns.shape[1], max(1, cache.room)):
-                    part = tangents_of(batch, space.split(columns[:, piece])).flatten(1)
-                    _require_rows(start + part.shape[1], rows)
-                    out[start : start + part.shape[1], piece] = part.mT
-                start += part.shape[1]
-        _require_rows(rows, start)
-        return out
+        def of_shard() -> Tensor:
+            out = torch.empty((columns.shape[1], own), dtype=space.dtype, device=space.device).mT
+            start = 0
+            with risk.untouched():
+                for batch in risk.batches(shard=True):
+                    for piece in pieces(columns.shape[1], max(1, cache.room)):
+                        part = tangents_of(batch, space.split(columns[:, piece])).flatten(1)
+                        _require_rows(start + part.shape[1], own)
+                        out[start : start + part.shape[1], piece] = part.mT
+                    start += part.shape[1]
+            _require_rows(own, start)
+            return out
+
+        return gathered(risk, of_shard, columns)
 
     def transposed(columns: Tensor) -> Tensor:
         count = columns.shape[1]
-        out = space.empty(count).zero_()
-        start = 0
-        with risk.untouched():
-            cache.begin()
-            for batch in risk.batches():
-                output, kept = cache.graph(batch)
-                stop = start + output.numel()
-                _require_rows(stop, rows)
-                if not output.requires_grad:
-                    start = stop
-                    continue
-                for piece in pieces(count, cache.room, space):
-                    cotangents = columns[start:stop, piece].mT.reshape(-1, *output.shape)
-                    parts = derivative(
-                        [output],
-                        list(risk.params.values()),
-                        [cotangents.to(output.dtype)],
-                        retain_graph=kept or piece.stop < count,
-                    )
-                    space.write(parts, out[:, piece], add=True)
-                start = stop
-        _require_rows(rows, start)
+        start = first
+
+        def add(batch: Batch, total: Tensor | None) -> Tensor:
+            nonlocal start
+            out = space.empty(count).zero_() if total is None else total
+            output, kept = cache.graph(batch)
+            stop = start + output.numel()
+            _require_rows(stop, first + own)
+            where, start = slice(start, stop), stop
+            if not output.requires_grad:
+                return out
+            for piece in pieces(count, cache.room, space):
+                cotangents = columns[where, piece].mT.reshape(-1, *output.shape)
+                parts = derivative(
+                    [output],
+                    list(risk.params.values()),
+                    [cotangents.to(output.dtype)],
+                    retain_graph=kept or piece.stop < count,
+                )
+                space.write(parts, out[:, piece], add=True)
+            return out
+
+        cache.begin()
+        out = risk.summed(add, columns)
+        _require_rows(first + own, start)
         return out
 
     return LinearOperator(
@@ -96,7 +109,18 @@ def jacobian(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
         rmatmat=transposed,
         name="Jacobian",
         identity=risk.fingerprint,
+        group=risk.group,
     )
+
+
+def _row_counts(risk: Risk) -> tuple[int, int, int]:
+    """Rows of this rank's shard, where they begin, and rows of all ranks."""
+    with together(risk.group, "counting its outputs"), risk.untouched():
+        own = sum(tensor_output(batch).numel() for batch in risk.batches(shard=True))
+    if risk.group is None:
+        return own, 0, own
+    every = [int(n) for (n,) in risk.group.numbers([own])]
+    return own, sum(every[: risk.group.rank]), sum(every)
 
 
 def _require_rows(needed: int, present: int) -> None:

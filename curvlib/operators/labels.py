@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from curvlib.core.loss import Loss
+from curvlib.core.risk import Risk
 from curvlib.operators.loss_hessian import class_axis, probabilities
+
+#: Numbers that are passed over at a time.
+_CHUNK = 2**20
 
 
 class SampledLabels:
@@ -42,6 +46,40 @@ class SampledLabels:
             (first, self.samples, *rest), generator=self.generator, dtype=torch.float64
         ).clamp_(min=1e-300)
         return numbers.transpose(0, 1).reshape(self.samples, *shape)
+
+    def skip(self, terms: int) -> None:
+        """Passes over what so many loss terms would draw, such as those of other ranks."""
+        left = terms * self.samples
+        while left > 0:
+            now = min(left, _CHUNK)
+            torch.rand(now, generator=self.generator, dtype=torch.float64)
+            left -= now
+
+
+def drawn_terms(loss: Loss, target: Tensor) -> int:
+    """How many numbers a sample of a batch's targets takes, masked terms included.
+
+    Args:
+        loss: A loss that curvlib knows.
+        target: What it compares the batch's output with.
+    """
+    if loss.categorical and target.is_floating_point():
+        return target.numel() // max(1, target.shape[class_axis(target)])
+    return target.numel()
+
+
+def terms_before(risk: Risk) -> int:
+    """Terms that samples of the ranks before this one draw in a pass; counted without the model.
+
+    Raises:
+        RuntimeError: If another rank failed.
+    """
+    group = risk.group
+    if group is None:
+        return 0
+    with group.together("counting its loss terms"):
+        own = sum(drawn_terms(risk.loss, batch.target) for batch in risk.batches(shard=True))
+    return int(sum(n for (n,) in group.numbers([own])[: group.rank]))
 
 
 def label_scores(loss: Loss, output: Tensor, uniform: Callable[[torch.Size], Tensor]) -> Tensor:

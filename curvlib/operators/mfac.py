@@ -1,7 +1,27 @@
-r"""The ways to M-FAC operators: from rows, from a risk, or an empty window for one's own loop."""
+r"""The ways to M-FAC operators: from rows, from a risk, or an empty window for one's own loop.
+
+In a process group of :math:`R` ranks, the rows of a risk are those of one process: each rank
+computes the gradients of its own examples. Per rank, with :math:`s` bytes for a number:
+
+==================  ==================================  ============================================
+what                bytes sent                          memory
+==================  ==================================  ============================================
+``mfac(risk)``      :math:`s P m / R`                   :math:`s P m` (the window is on every rank)
+                                                        and :math:`s P m / R` while it is made
+``block_size=b``    :math:`2 s P b (R - 1) / R`;        :math:`s P \min(b, m)`
+                    :math:`s P m / R` for :math:`m < b`
+``push(row)``       nothing                             none
+==================  ==================================  ============================================
+
+Windows and rows that are given belong to one process: push the same rows on every rank, such as
+``risk.gradient()``, which is summed over ranks (:math:`2 s P (R - 1) / R` bytes), or the gradient
+that ``DistributedDataParallel`` has averaged. Nothing more is sent then, in products and solves
+neither.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, overload
 
@@ -10,6 +30,7 @@ from torch import Tensor
 
 from curvlib.core.risk import Risk
 from curvlib.core.space import ParamSpace
+from curvlib.core.turns import AHEAD
 from curvlib.operators.mfac_operator import ACCURACY, MFAC
 from curvlib.operators.window import Window
 from curvlib.operators.window_arguments import require_size
@@ -17,6 +38,7 @@ from curvlib.operators.window_parts import Parts, part_sizes
 
 if TYPE_CHECKING:
     from curvlib.operators.block_mfac import BlockMFAC
+    from curvlib.operators.rows import RowDraw
 
 __all__ = ["MFAC", "mfac", "mfac_window"]
 
@@ -181,8 +203,9 @@ def mfac(
         >>> bool(torch.allclose(F @ F.solve(x), x))
         True
     """
+    others = {"size": size, "dtype": dtype, "parts": parts, "storage": storage}
     if isinstance(rows, Risk):
-        from curvlib.operators.rows import example_count, gradient_rows
+        from curvlib.operators.rows import RowDraw, example_count
 
         space = rows.space if space is None else space
         if count is None:
@@ -191,9 +214,11 @@ def mfac(
             count = ROWS
             if kind == "empirical":
                 count = max(1, min(ROWS, example_count(rows) // max(1, micro_batch)))
-        blocks: Iterable[Tensor] = gradient_rows(
-            rows, count, kind=kind, micro_batch=micro_batch, seed=seed
-        )
+        drawn = RowDraw.of(rows, count, kind=kind, micro_batch=micro_batch, seed=seed)
+        if block_size is not None:
+            return _blocked(drawn, block_size, damping, relative, space, others)
+        # a window holds all rows anyway: one in the device's memory has room for a rank's share
+        blocks: Iterable[Tensor] = drawn.everywhere(math.inf if storage is None else AHEAD)
         known = count if size is None else min(require_size("size", size), count)
     elif isinstance(rows, Tensor):
         if rows.ndim != 2:
@@ -205,7 +230,6 @@ def mfac(
     if not isinstance(rows, Risk):
         _require_plain(count, kind, micro_batch)
     if block_size is not None:
-        others = {"size": size, "dtype": dtype, "parts": parts, "storage": storage}
         return _blocked(blocks, block_size, damping, relative, space, others)
     if isinstance(damping, str):
         raise ValueError(  # noqa: TRY004 (a word is a right type elsewhere)
@@ -252,7 +276,7 @@ def _filled(
 
 
 def _blocked(
-    blocks: Iterable[Tensor],
+    blocks: Iterable[Tensor] | RowDraw,
     block_size: int,
     damping: float | str,
     relative: bool,

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from curvlib.core.block_stacks import CHUNK
+from curvlib.core.group import Group
 from curvlib.core.partition import Partition
+from curvlib.operators.rows import RowDraw
 
 #: Rows that are accumulated at once, and the bytes that they may take.
 ROWS, MEMORY = 64, 2**28
@@ -83,17 +85,20 @@ class Moments:
 
 
 def second_moments(
-    rows: Tensor | Iterable[Tensor],
+    rows: Tensor | Iterable[Tensor] | RowDraw,
     partition: Partition,
     *,
     dtype: torch.dtype = torch.float64,
     every: int = 0,
 ) -> tuple[Moments, Moments | None]:
-    """Accumulates the second moments of a stream of rows.
+    r"""Accumulates the second moments of a stream of rows.
 
     Args:
         rows: ``[m, P]``, or an iterable of such blocks or of vectors ``[P]``. A block may be
-            overwritten once the next is asked for.
+            overwritten once the next is asked for. Or a draw of a risk's rows, of which, in a
+            process group, each rank accumulates its own; moments are then joined, which sends
+            :math:`2 P b (R - 1) / R` numbers for matrices (:math:`m \ge b`) and
+            :math:`P m / R` for rows.
         partition: The blocks.
         dtype: Of the matrices: float64, or float32 for half the memory.
         every: Puts every ``every``-th row aside, if positive.
@@ -110,15 +115,26 @@ def second_moments(
         raise TypeError(f"dtype= is torch.float32 or torch.float64, got {dtype}")
     kept, aside = _Sums(partition, dtype), _Sums(partition, dtype)
     seen = 0
-    for part, row_dtype in _gathered(rows, partition, dtype):
-        kept.row_dtype = aside.row_dtype = row_dtype
-        numbers = torch.arange(seen + 1, seen + 1 + len(part))
-        seen += len(part)
-        if every:
-            out = (numbers % every == 0).to(part.device)
-            aside.add(part[out])
-            part = part[~out]
-        kept.add(part)
+    if isinstance(rows, RowDraw) and rows.shared:
+        group = rows.risk.group
+        assert group is not None
+        with group.together("accumulating gradient rows"):
+            own = rows.own()
+            # numbers of rows matter only where some are put aside
+            runs = own if every else [(0, (block for _, block in own))]
+            for first, blocks in runs:
+                for part, row_dtype in _gathered(blocks, partition, dtype):
+                    _divide(part, row_dtype, first, every, kept, aside)
+                    first += len(part)
+        for sums in (kept, aside) if every else (kept,):
+            sums.join(group)
+        seen = kept.count + aside.count
+    else:
+        if isinstance(rows, RowDraw):
+            rows = rows.everywhere()
+        for part, row_dtype in _gathered(rows, partition, dtype):
+            _divide(part, row_dtype, seen, every, kept, aside)
+            seen += len(part)
     if seen == 0:
         raise ValueError(
             "there are no rows: the iterable is empty, or was used up before; pass at least one "
@@ -130,6 +146,19 @@ def second_moments(
             f"{every}th is held out, got {seen}"
         )
     return kept.moments(), aside.moments() if every else None
+
+
+def _divide(
+    part: Tensor, dtype: torch.dtype, seen: int, every: int, kept: _Sums, aside: _Sums
+) -> None:
+    """Adds rows ``[r, P]`` that come after ``seen`` others, of a type, to what they belong to."""
+    kept.row_dtype = aside.row_dtype = dtype
+    if every:
+        numbers = torch.arange(seen + 1, seen + 1 + len(part))
+        out = (numbers % every == 0).to(part.device)
+        aside.add(part[out])
+        part = part[~out]
+    kept.add(part)
 
 
 class _Sums:
@@ -164,6 +193,31 @@ class _Sums:
                 X = _blocks(rows, stack[start:stop])
                 total[start:stop].baddbmm_(X.mT, X)
             self.pending[k] = []
+
+    def join(self, group: Group) -> None:
+        """Adds what other ranks have accumulated; every rank has the same afterwards."""
+        every = group.values([self.count, str(self.row_dtype).removeprefix("torch.")])
+        self.count = sum(count for count, _ in every)
+        self.row_dtype = next((getattr(torch, d) for count, d in every if count), self.dtype)
+        for k, stack in enumerate(self.partition.stacks):
+            n, b = stack.shape
+            held, total = self.pending[k], self.totals[k]
+            if self.count < b:  # then no rank has formed matrices
+                mine = torch.cat(held, 1) if held else self._none(stack)
+                rows = group.rows(mine.transpose(0, 1).contiguous())
+                self.pending[k] = [torch.cat(rows).transpose(0, 1).contiguous()]
+                continue
+            if total is None:
+                total = torch.zeros((n, b, b), dtype=self.dtype, device=stack.device)
+                for start, stop in self.partition.chunks(k, CHUNK):
+                    for part in held:
+                        X = part[start:stop].to(self.dtype)
+                        total[start:stop].baddbmm_(X.mT, X)
+            self.pending[k], self.totals[k] = [], group.add(total)
+
+    def _none(self, stack: Tensor) -> Tensor:
+        n, b = stack.shape
+        return torch.zeros((n, 0, b), dtype=self.row_dtype, device=stack.device)
 
     def moments(self) -> Moments:
         rows = [torch.cat(held, 1) if held else None for held in self.pending]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from curvlib.core.group import Group, group_of
 from curvlib.operators.labels import SampledLabels
 from curvlib.operators.live_fisher import Uniform
 from curvlib.optim.draws import stream
-from curvlib.optim.replicas import group_of
 
 _CPU = torch.device("cpu")
 _CHUNK = 2**20
@@ -43,7 +43,7 @@ class TargetDraws:
         if group is not None:
             # one exchange a step: ranks may have different numbers of micro-batches
             start = _before(count, group) if self._batches == 0 else 0
-            rank = 0 if self._batches == 0 else 1 + dist.get_rank(group)
+            rank = 0 if self._batches == 0 else 1 + group.rank
         generator = stream(_CPU, *self._key, rank, self._batches if rank else 0)
         for at in range(0, start, _CHUNK):
             torch.rand(min(_CHUNK, start - at), generator=generator, dtype=torch.float64)
@@ -52,10 +52,6 @@ class TargetDraws:
         return SampledLabels(1, generator).uniform
 
 
-def _before(count: int, group: dist.ProcessGroup) -> int:
+def _before(count: int, group: Group) -> int:
     """How many numbers the ranks before this one draw."""
-    device = "cpu" if "gloo" in str(dist.get_backend(group)) else torch.device("cuda")
-    own = torch.tensor([count], device=device)
-    every = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
-    return sum(int(n) for n in every[: dist.get_rank(group)])
+    return sum(int(n) for (n,) in group.numbers([count])[: group.rank])

@@ -214,6 +214,7 @@ def compare(
         },
         save_every=save_every,
         progress=progress,
+        group=own.group,
     )
     if len(last.problems) == empty.numel():
         if len(set(last.problems.values())) == 1:

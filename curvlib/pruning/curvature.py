@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from curvlib.core.block_diagonal import BlockDiagonal
+from curvlib.core.group import together
 from curvlib.core.partition import Partition
 from curvlib.core.risk import Risk
+from curvlib.core.turns import added
 from curvlib.estimators.diagonal import diagonal
 from curvlib.operators.block_mfac import BlockMFAC
 from curvlib.operators.hessian import hessian
 from curvlib.operators.input_grams import InputGrams, input_grams
-from curvlib.operators.rows import example_count, gradient_rows
+from curvlib.operators.rows import RowDraw, example_count
 from curvlib.pruning.layerwise import layerwise_curvature
 from curvlib.pruning.methods import Method
 
@@ -83,12 +85,17 @@ def fisher_blocks(risk: Risk, method: Method, seed: int) -> BlockMFAC:
     size = min(method.block_size, max(risk.space.sizes))
     double = 8 * size * risk.space.size <= MEMORY
     return BlockMFAC(
-        gradient_rows(risk, row_count(risk, method), kind=method.fisher, seed=seed),
+        rows_of(risk, method, seed),
         Partition.of(risk.space, size),
         damping=method.damping,
         relative=method.relative,
         dtype=torch.float64 if double else risk.space.dtype,
     )
+
+
+def rows_of(risk: Risk, method: Method, seed: int) -> RowDraw:
+    """The gradient rows that a method's Fisher is made of."""
+    return RowDraw.of(risk, row_count(risk, method), kind=method.fisher, seed=seed)
 
 
 def row_count(risk: Risk, method: Method) -> int:
@@ -109,11 +116,11 @@ def diagonal_of(risk: Risk, method: Method, seed: int) -> Tensor:
         return found.value.clamp(min=0.0)
     if method.curvature == "fisher-diagonal":
         total = torch.zeros(risk.space.size, dtype=torch.float64, device=risk.space.device)
-        count = 0
-        for rows in gradient_rows(risk, row_count(risk, method), kind=method.fisher, seed=seed):
-            total += rows.double().square().sum(0)
-            count += len(rows)
-        return (total / count).to(risk.space.dtype)
+        drawn = rows_of(risk, method, seed)
+        with together(risk.group, "adding up its gradients"):
+            for _, rows in drawn.own():
+                total += rows.double().square().sum(0)
+        return (added(risk.group, total) / drawn.count).to(risk.space.dtype)
     if method.curvature == "inputs":
         return _layer_blocks(risk, 0.0, relative=True).diagonal()  # Wanda has no damping
     return blocks_of(risk, method, seed).diagonal()

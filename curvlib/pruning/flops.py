@@ -53,8 +53,8 @@ _LIGHT = (
 def flops(risk: Risk) -> dict[str, float]:
     """Multiply-adds per example that each weight takes part in, by parameter.
 
-    The first batch is run forward once, and the model is left as it was. Recurrent layers are
-    counted for as many steps as that batch has.
+    The first batch (of all ranks) is run forward once, and the model is left as it was. Recurrent
+    layers are counted for as many steps as that batch has.
 
     Args:
         risk: Model, data and parameters.
@@ -66,7 +66,9 @@ def flops(risk: Risk) -> dict[str, float]:
         all of them.
 
     Raises:
-        RuntimeError: If a weight goes into an operation that is not understood: names both.
+        RuntimeError: If a weight goes into an operation that is not understood: names both; or
+            another rank failed.
+        ValueError: If there is no batch.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 5))
@@ -74,10 +76,25 @@ def flops(risk: Risk) -> dict[str, float]:
         >>> flops(Risk(model, nn.MSELoss(), data, params=["*.weight"]))
         {'0.weight': 4.0, '2.weight': 1.0}
     """
+    if risk.group is None:
+        return _flops(risk)
+    found: dict[str, float] = {}
+    with risk.group.together("counting multiply-adds"):
+        if next(risk.batches(shard=True), None) is not None:
+            found = _flops(risk)
+    every: list[dict[str, float]] = risk.group.values(found)
+    first = next((costs for costs in every if costs), None)
+    if first is None:
+        raise ValueError("the data has no batch on any rank; pass at least one batch")
+    return first
+
+
+def _flops(risk: Risk) -> dict[str, float]:
+    """Of the first batch of this rank's shard."""
     counter = _Counter(risk.model, risk.params)
     with risk.untouched():
         counter.fixed(list(risk.model.buffers()))
-        batch = next(iter(risk.batches()))
+        batch = next(iter(risk.batches(shard=True)))
         with _plain_recurrence(risk.model), counter:
             batch.output()
         examples = batch.examples

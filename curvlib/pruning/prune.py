@@ -139,6 +139,7 @@ def prune(
         device=plan.space.device,
         save_every=save_every,
         progress=progress,
+        group=own.group,
     )
     write(plan, last.weights)
     result = PruneResult(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from curvlib.core.group import GroupChoice
 from curvlib.operators.batch_moments import batch_moments
 from curvlib.pruning.masks import unwrapped
 
@@ -25,6 +26,7 @@ def recalibrate(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
+    group: GroupChoice = None,
 ) -> tuple[str, ...]:
     """Recomputes the running statistics of batch-normalization layers, in place.
 
@@ -42,6 +44,8 @@ def recalibrate(
         forward: Function of ``(model, batch)``, where the model is not called on the first item
             of a pair or by the names of a mapping.
         device: Where batches are moved. Default: the parameters' device.
+        group: The processes whose shards make the data, as for :class:`curvlib.Risk`: every rank
+            gets the statistics of all of it.
 
     Returns:
         Names of the layers whose statistics were recomputed.
@@ -67,7 +71,7 @@ def recalibrate(
     }
     if not layers:
         return ()
-    found, batches = batch_moments(model, data, layers, forward=forward, device=device)
+    found, batches = batch_moments(model, data, layers, forward=forward, device=device, group=group)
     for name, moments in found.items():
         if not bool(torch.isfinite(moments.squares).all()):
             raise FloatingPointError(

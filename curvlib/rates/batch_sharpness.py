@@ -181,6 +181,7 @@ def batch_sharpness(
         settings=settings,
         save_every=save_every,
         progress=progress,
+        group=risk.group,
     )
     measured, stderr = mean_and_stderr(last.samples)
     predicted = known.sharpness(batch_size, resamples=resamples, seed=last.base)

@@ -227,6 +227,7 @@ def batch_spectrum(
         settings=settings,
         save_every=save_every,
         progress=progress,
+        group=risk.group,
     )
     # any further randomness follows from the state, which a continued run shares
     noise = hessian_noise(risk, batch_size, kind=kind, seed=state.base, progress=False)

@@ -281,6 +281,7 @@ def example_curvature(
         problem=lambda: f"{H.fingerprint()} {digest([pairs.vectors])}",
         settings={**settings, "block": block},
         device=pairs.vectors.device,
+        group=risk.group,
         **saved,
     )
     return ExampleCurvature(

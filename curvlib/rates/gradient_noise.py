@@ -17,11 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlib.core.group import together
 from curvlib.core.minibatch import require_batch_size
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.core.structured import Diagonal
-from curvlib.operators.gradients import gradients
+from curvlib.core.turns import added
+from curvlib.operators.gradients import shard_gradients
 from curvlib.rates.arguments import require_risk
 from curvlib.rates.spiked import effective_batch
 
@@ -64,7 +66,9 @@ class GradientMoments(Result):
 
 
 def gradient_moments(risk: Risk, *, block: int = 64) -> GradientMoments:
-    """Mean and variance of single examples' gradients, in one pass.
+    """Mean and variance of single examples' gradients, in two passes.
+
+    In a process group, a rank sends three sums of ``P`` numbers.
 
     Args:
         risk: A mean over independent examples.
@@ -90,9 +94,11 @@ def gradient_moments(risk: Risk, *, block: int = 64) -> GradientMoments:
     scale = count / risk.weight()
     mean = risk.gradient()  # names the layer if it is not finite
     center = mean.double()
-    for rows in gradients(risk, block=block):
-        each = rows.double() * scale - center
-        total += each.sum(0)
-        square += each.square().sum(0)
+    with together(risk.group, "adding up its gradients"):
+        for rows in shard_gradients(risk, block=block):
+            each = rows.double() * scale - center
+            total += each.sum(0)
+            square += each.square().sum(0)
+    total, square = added(risk.group, total), added(risk.group, square)
     variance = (square - total.square() / count).clamp(min=0.0) / (count - 1)
     return GradientMoments(mean, variance, count)

@@ -62,7 +62,7 @@ from curvlib.rates.pair import Pair
 from curvlib.rates.rollback import LossWatch, Snapshot
 from curvlib.rates.training import (
     diverged,
-    loss_value,
+    joined_loss,
     reference_rate,
     require_heavy_ball,
     require_positive,
@@ -78,7 +78,10 @@ COPIES = 10
 class LanczosLearner:
     r"""Sets the learning rate and momentum of ``torch.optim.SGD`` from short Lanczos runs.
 
-    Call :meth:`step` once for each training step, before ``optimizer.step()``.
+    Call :meth:`step` once for each training step, before ``optimizer.step()``. In a process group,
+    all ranks do, with the same parameters and states of the optimizer (as
+    ``DistributedDataParallel`` keeps them): they read and decide alike. Without a reading, a step
+    sends three numbers.
 
     Args:
         risk: Model, loss and data to read curvature from: the training data, or some thousand
@@ -234,7 +237,8 @@ class LanczosLearner:
         """To be called for each training step, before ``optimizer.step()``.
 
         Args:
-            loss: The loss of this step's batch, to notice when it rises.
+            loss: The loss of this step's batch, to notice when it rises. In a process group, each
+                rank passes that of its part; what counts is their mean.
 
         Returns:
             The reading, if one was due or the learner rolled back.
@@ -243,7 +247,7 @@ class LanczosLearner:
             TypeError: If the loss is no number.
             FloatingPointError: If parameters have diverged and nothing can be put back.
         """
-        value = loss_value(loss)
+        value = joined_loss(self.risk, loss)
         every = int(self._settings["every"])
         due = self._calls % every == 0
         reading = None

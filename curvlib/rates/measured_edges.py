@@ -30,10 +30,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from curvlib.core.group import together
 from curvlib.core.minibatch import minibatches, require_batch_size
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
+from curvlib.core.turns import added
 from curvlib.rates.arguments import require_risk
 from curvlib.rates.edge import bracket, edge_of_brackets, require_grid
 
@@ -263,6 +265,7 @@ def measured_edges(
         settings=settings,
         save_every=save_every,
         progress=progress,
+        group=risk.group,
     )
     used = [slice(0, n) for n in columns]
     values = [
@@ -337,18 +340,21 @@ class _Trainer:
         self, part: Risk, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]
     ) -> None:
         """A training step, with the mean gradient of a mini-batch."""
-        with part.untouched():
-            batches = [(batch.gradient(), float(batch.weight)) for batch in part.batches()]
-        weight = sum(terms for _, terms in batches)
+        space = part.space
+        total = torch.zeros(space.size, dtype=space.dtype, device=space.device)
+        tally = torch.zeros(1 + len(params), dtype=torch.float64, device=space.device)
+        with together(part.group, "a training step"), part.untouched():
+            for batch in part.batches(shard=True):
+                grads = batch.gradient()
+                space.write(grads, total, add=True)
+                tally[0] += batch.weight
+                tally[1:] += torch.tensor([float(g is not None) for g in grads]).to(tally)
+        total, tally = added(part.group, total), added(part.group, tally)
+        weight, *used = tally.tolist()
         if weight <= 0.0:  # nothing but masked terms
             return
-        for i, p in enumerate(params):
-            total: Tensor | None = None
-            for grads, _ in batches:
-                own = grads[i]
-                if own is not None:
-                    total = own if total is None else total + own
-            p.grad = None if total is None else total / weight
+        for p, mean, seen in zip(params, space.split(total / weight), used, strict=True):
+            p.grad = mean.to(p.dtype) if seen else None
         optimizer.step()
         optimizer.zero_grad()
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from curvlib.core.group import together
 from curvlib.core.minibatch import require_batch_size
 from curvlib.core.operator import LinearOperator
 from curvlib.core.random import generator_of
@@ -58,7 +59,7 @@ from curvlib.rates.training import (
     WORK,
     diverged,
     group_entries,
-    loss_value,
+    joined_loss,
     require_state,
     require_trained,
     top_of,
@@ -74,7 +75,9 @@ KIND = "StabilityMonitor"
 class StabilityMonitor:
     """Watches curvature while an optimizer trains.
 
-    Call :meth:`step` after each ``optimizer.step()``; :meth:`read` takes a reading at once.
+    Call :meth:`step` after each ``optimizer.step()``; :meth:`read` takes a reading at once. In a
+    process group, all ranks do, with the same parameters and states of the optimizer; the first
+    one writes.
 
     Args:
         risk: Model, loss and the training data, or some thousand examples of it: a mean over
@@ -160,8 +163,10 @@ class StabilityMonitor:
         self._update: Tensor | None = None
         self._edges: list[Edge] = []
         self._path = None if path is None else Path(path)
-        self._old = existing_rows(self._path, resume)
-        self._writer = writer_of(tensorboard)
+        self._first = risk.group is None or risk.group.first
+        with together(risk.group, "opening its table"):
+            self._old = existing_rows(self._path, resume) if self._first else []
+            self._writer = writer_of(tensorboard) if self._first else None
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._compare),
@@ -182,7 +187,8 @@ class StabilityMonitor:
         """To be called after each ``optimizer.step()``; a reading, if one is due.
 
         Args:
-            loss: The loss, to be recorded.
+            loss: The loss, to be recorded. In a process group, each rank passes that of its part;
+                their mean is recorded.
 
         Raises:
             TypeError: If the loss is no number.
@@ -200,7 +206,7 @@ class StabilityMonitor:
             TypeError: If the loss is no number.
             FloatingPointError: If the parameters have diverged.
         """
-        value = loss_value(loss)
+        value = joined_loss(self.risk, loss)
         where = diverged(self.risk)
         if where is not None:
             kept = "" if self._path is None else f" (they are in {str(self._path)!r})"
@@ -211,9 +217,10 @@ class StabilityMonitor:
             )
         row = self._measure(value)
         self._rows = [r for r in self._rows if r.step < row.step] + [row]
-        if self._path is not None:
-            first = self._rows[0].step
-            write_csv(self._path, [r for r in self._old if r.step < first] + self._rows)
+        with together(self.risk.group, "writing its table"):
+            if self._path is not None and self._first:
+                first = self._rows[0].step
+                write_csv(self._path, [r for r in self._old if r.step < first] + self._rows)
         if self._writer is not None:
             for name, number in asdict(row).items():
                 if name != "step" and math.isfinite(number):

@@ -193,6 +193,7 @@ def hessian_noise(
         settings=settings,
         save_every=save_every,
         progress=progress,
+        group=risk.group,
     )
     value, stderr = mean_and_stderr(last.samples)
     return HessianNoise(

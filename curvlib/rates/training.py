@@ -168,6 +168,28 @@ def loss_value(loss: Any) -> float | None:
     return float(loss)
 
 
+def joined_loss(risk: Risk, loss: Any) -> float | None:
+    """A loss as a number: the mean over ranks in a process group, which all call this together.
+
+    Raises:
+        TypeError: If it is neither a number nor a tensor of one element.
+        RuntimeError: If another rank failed.
+    """
+    if risk.group is None:
+        return loss_value(loss)
+    value, failure = None, None
+    try:
+        value = loss_value(loss)
+    except TypeError as error:
+        failure = error
+    header = [failure is not None, value is not None, value or 0.0]
+    every = risk.group.numbers([float(number) for number in header])
+    if any(failed for failed, _, _ in every):
+        risk.group.raise_failure(failure, "reading its loss")
+    losses = [number for _, given, number in every if given]
+    return sum(losses) / len(losses) if losses else None
+
+
 def diverged(risk: Risk) -> str | None:
     """The name of a parameter that is not finite."""
     for name, p in risk.params.items():

@@ -26,6 +26,7 @@ from curvlib.core.group import Group
 from curvlib.core.shards import part_of
 from curvlib.influence.influence import Influence
 from curvlib.influence.refined import refined
+from curvlib.operators.accuracy import accuracy
 from curvlib.operators.mfac_operator import MFAC
 from curvlib.operators.window import Window
 from curvlib.optim import AdaHessian, NewtonCG
@@ -248,9 +249,10 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     def once() -> Any:
         return cl.ggn(risk_of(lambda m, batch: _Once.apply(m(batch[0])))) @ b
 
-    def not_finite() -> Any:
+    def not_finite(value: bool = False) -> Any:
         scale = float("nan") if rank == 0 else 1.0
-        return risk_of(lambda m, batch: m(batch[0] * scale)).gradient()
+        bad = risk_of(lambda m, batch: m(batch[0] * scale))
+        return bad.value() if value else bad.gradient()
 
     def broken_data() -> Any:
         def batches_of() -> Iterator[Any]:
@@ -279,6 +281,7 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "kfac": lambda: cl.kfac(risk),
         "mc": lambda: cl.fisher(risk, kind="mc"),
         "gradients": lambda: list(cl.gradients(risk)),
+        "accuracy": lambda: accuracy(risk),
         "jacobian": lambda: cl.jacobian(risk) @ b,
         "mfac": lambda: cl.mfac(risk, size=2),
         "check": risk.check,
@@ -303,6 +306,7 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "replaced": replaced,
         "once": once,
         "not finite": not_finite,
+        "value not finite": lambda: not_finite(value=True),
         "broken data": broken_data,
     }
     return {name: _said(call) for name, call in cases.items()}

@@ -95,6 +95,7 @@ REFUSED = {
     "kfac": "curvlib.kfac needs them whole",
     "mc": "the Monte-Carlo Fisher needs them whole",
     "gradients": "this function needs them whole",
+    "accuracy": "this function needs them whole",
     "jacobian": "this function needs them whole",
     "mfac": "this function needs them whole",
     "check": "load the parameters into a model without fully_shard",
@@ -118,13 +119,15 @@ REFUSED = {
     "tensor parallel": "is tensor-parallel (parallelize_module)",
     "replaced": "RuntimeError: parameter '3.bias' was replaced",
     "once": "where products J v need a second derivative",
-    "not finite": "FloatingPointError: the sum over the ranks' batches is not finite",
+    "not finite": "FloatingPointError: the sum over the batches of all ranks is not finite",
+    "value not finite": "FloatingPointError: the sum over the batches of all ranks is not finite",
     "broken data": "OSError: the disk is gone",
 }
 
 
 def test_what_is_not_followed_is_refused_on_all_ranks() -> None:
     plain = {"differentiable", "gather", "scatter", "replaced", "once", "not finite", "broken data"}
+    plain |= {"value not finite"}
     for found in on_ranks(WORK + "refusals", 2):
         assert found.keys() == REFUSED.keys()
         for name, text in REFUSED.items():

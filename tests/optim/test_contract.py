@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,8 +32,8 @@ from tests.optim.small import (
     trained,
     weights,
 )
+from tests.ranks import on_ranks
 
-ROOT = Path(__file__).parents[2]
 each = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
 
 
@@ -671,64 +668,52 @@ def test_300_steps_leave_nothing_behind(case: OptimizerCase) -> None:
     assert opt.clock.steps == 300
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    meeting, results = folder / "meeting", folder / "results"
-    running = [
-        subprocess.Popen(
-            [sys.executable, replicas.__file__, str(rank), str(meeting), str(results), str(ROOT)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=100)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-    return [torch.load(f"{results}.{rank}", weights_only=True) for rank in range(2)]
-
-
-def test_two_processes_are_one(two_processes: list[dict[Any, Any]]) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_are_one(size: int) -> None:
     """One test for all rows, for parallel runs of tests would start processes for each."""
-    failures = [v for found in two_processes for k, v in found.items() if "error" in k]
-    assert not failures, "\n".join(failures)
+    found = on_ranks("tests.optim.replicas:equal", size)
     wrong = []
     for case in OPTIMIZERS:
         expected = trained(case, replicas.STEPS)
         for drive in ("by_closure", "by_backward", "micro-batches"):
-            mine, other = (found[case.name, drive] for found in two_processes)
-            if not same(mine, other):
+            mine, *others = (ranks[case.name, drive] for ranks in found)
+            if not all(same(mine, other) for other in others):
                 wrong.append((case.name, drive, "ranks differ"))
             far = distance(mine, expected)
             exact = not (case.draws_targets and drive == "micro-batches")
             if exact and not far < case.tolerance:
                 wrong.append((case.name, drive, f"{far:.1e} from one process"))
+        if case.name == "adahessian":  # with DistributedDataParallel
+            assert all(same(ranks["ddp", ""], found[0]["ddp", ""]) for ranks in found[1:])
+            assert distance(found[0]["ddp", ""], expected) < 1e-10
     assert not wrong
 
 
-def test_ranks_may_use_different_parameters_but_gather_alike(
-    two_processes: list[dict[Any, Any]],
-) -> None:
-    for found in two_processes:
-        moved, message = found["uneven"]
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_may_be_unequal(size: int) -> None:
+    """Losses are then weighted, so that their mean over ranks is the loss of the joint batch."""
+    expected = replicas.unequal(0, 1)
+    found = on_ranks("tests.optim.replicas:unequal", size)
+    for case in OPTIMIZERS:
+        mine, *others = (ranks[case.name] for ranks in found)
+        assert all(same(mine, other) for other in others), case.name
+        assert distance(mine, expected[case.name]) < 1e-12, case.name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_newton_steps_on_shards(size: int) -> None:
+    expected = replicas.newton(0, 1)
+    found = on_ranks("tests.optim.replicas:newton", size)
+    for name, value in expected.items():
+        assert float((found[0][name] - value).abs().max()) < 1e-12, name
+        assert all(torch.equal(other[name], found[0][name]) for other in found[1:]), name
+
+
+def test_ranks_may_use_different_parameters_but_gather_alike() -> None:
+    for moved, message in on_ranks("tests.optim.replicas:different", 2):
         assert moved
         assert "ranks gathered different curvature" in message
         assert "same number of backward" in message
-
-
-def test_observe_goes_with_distributed_data_parallel(
-    two_processes: list[dict[Any, Any]],
-) -> None:
-    (case,) = [case for case in OPTIMIZERS if case.name == "adahessian"]
-    expected = trained(case, replicas.STEPS)
-    assert same(two_processes[0]["ddp"], two_processes[1]["ddp"])
-    assert distance(two_processes[0]["ddp"], expected) < 1e-10
 
 
 # ---------------------------------------------------------------------------- bad input

@@ -12,9 +12,8 @@ from torch import nn
 import curvlib as cl
 from curvlib.core.partition import Partition
 from curvlib.operators.block_mfac import BlockMFAC
-from curvlib.operators.rows import gradient_rows
 from curvlib.pruning import METHODS, Method
-from curvlib.pruning.curvature import fisher_blocks
+from curvlib.pruning.curvature import fisher_blocks, rows_of
 from curvlib.pruning.event import updated
 from curvlib.pruning.flops import flops
 from curvlib.pruning.importance import layer_importance
@@ -138,11 +137,11 @@ def test_examples_and_labels_are_drawn_anew_in_each_round(monkeypatch):
     model, risk = problem()
     seeds = []
 
-    def rows(part, count, *, kind, seed):
+    def rows(part, method, seed):
         seeds.append(seed)
-        return gradient_rows(part, count, kind=kind, seed=seed)
+        return rows_of(part, method, seed)
 
-    monkeypatch.setattr("curvlib.pruning.curvature.gradient_rows", rows)
+    monkeypatch.setattr("curvlib.pruning.curvature.rows_of", rows)
     for seed in (0, 1):
         cl.prune(model, risk, 0.8, recompute=3, seed=seed, progress=False)
     assert len(set(seeds)) == 6

@@ -1,0 +1,67 @@
+"""Batches of ranks that have to go through them together, as sharded parameters ask for.
+
+A rank that has no more batches goes through one that it had, or that another rank lends it where
+its shard is empty, and multiplies its loss by zero (:attr:`curvlib.core.batch.Batch.lent`). Each
+round costs an exchange of three numbers; a batch is lent once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from curvlib.core.batch import Batch
+from curvlib.core.data import to_device
+
+if TYPE_CHECKING:
+    from curvlib.core.group import Group
+    from curvlib.core.risk import Risk
+
+
+class InStep:
+    """Goes through batches in step with other ranks.
+
+    Args:
+        risk: The risk that they belong to.
+    """
+
+    def __init__(self, risk: Risk) -> None:
+        self.risk = risk
+        self._spare: Batch | None = None
+
+    def batches(self, group: Group, own: Iterator[Batch]) -> Iterator[Batch]:
+        """This rank's batches, and lent ones until no rank has another.
+
+        Raises:
+            RuntimeError: If the data of another rank fails.
+            Exception: This rank's own failure.
+        """
+        while True:
+            batch, failure = None, None
+            try:
+                batch = next(own, None)
+            except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
+                failure = error
+            state = [failure is not None, batch is not None, self._spare is not None]
+            every = group.numbers([float(flag) for flag in state])
+            if any(failed for failed, _, _ in every):
+                group.raise_failure(failure, "a pass over its data")
+            if not any(has for _, has, _ in every):
+                return
+            if not all(has or spare for _, has, spare in every):
+                lender = next(rank for rank, (_, has, _) in enumerate(every) if has)
+                self._borrow(group, batch, lender)
+            if batch is not None:
+                self._spare = replace(batch, lent=True)
+            assert self._spare is not None
+            yield self._spare if batch is None else batch
+
+    def _borrow(self, group: Group, batch: Batch | None, lender: int) -> None:
+        """Gives a rank without a batch that of the lender, with which all ranks call this."""
+        own = None if batch is None else to_device(batch.data, torch.device("cpu"))
+        data = group.lent(own, lender)
+        if batch is None:
+            self._spare = Batch(self.risk, 0, to_device(data, self.risk.device), lent=True)
