@@ -261,8 +261,11 @@ class Risk:
         data = (to_device(d, self.device) for d in self.in_memory)
         return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
 
-    def untouched(self) -> AbstractContextManager[None]:
+    def untouched(self, *, first_order: bool = False) -> AbstractContextManager[None]:
         """Entered around a pass: second derivatives exist, and the model is left as it was.
+
+        Args:
+            first_order: Whether first derivatives are enough, so that attention may be fused.
 
         Raises:
             RuntimeError: If a parameter of the model was replaced since the risk was made.
@@ -273,7 +276,7 @@ class Risk:
                     f"parameter {name!r} was replaced by another tensor since this risk was made "
                     "(by assignment, or load_state_dict(assign=True)); make a new Risk"
                 )
-        return passes.arranged(self.model, self.params, self.device)
+        return passes.arranged(self.model, self.params, self.device, first_order=first_order)
 
     def batches(self, scale: float = 1.0) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
@@ -313,7 +316,7 @@ class Risk:
         """
         if params is not None:
             return self.replaced(params, lambda: self.call(data))
-        if self._noticed:
+        if self._noticed or passes.attention_is_fused():
             return self._forward(self.model, data)
         with passes.SpotAttention() as spot:
             output = self._forward(self.model, data)

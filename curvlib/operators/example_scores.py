@@ -109,7 +109,7 @@ def example_scores(
         next(batches, None)
     while True:
         # the model is as it was whenever the caller has control
-        with risk.untouched():
+        with risk.untouched(first_order=True):
             batch = next(batches, None)
             if batch is None:
                 return
@@ -158,18 +158,18 @@ def example_gradients_by_layers(risk: Risk, *, block: int = 64) -> Iterator[Tens
     passes = GradientPasses(risk, blocks)
     batches = risk.batches()
     while True:
-        with risk.untouched():
+        with risk.untouched(first_order=True):
             batch = next(batches, None)
             if batch is None:
                 return
             stream = passes.of(batch)
         while True:
-            with risk.untouched():
+            with risk.untouched(first_order=True):
                 found = next(stream, None)
             if found is None:
                 break
             for start in range(0, found.examples, block):
-                with risk.untouched():
+                with risk.untouched(first_order=True):
                     at = slice(start, min(start + block, found.examples))
                     rows = _rows(risk, blocks, found, at)
                 yield rows

@@ -61,7 +61,7 @@ def fisher_diagonal(
     def chosen(one: Pass) -> Iterator[Direction]:
         yield from directions(one.batch, one.output, fisher, samples, f"{seed}|0")
 
-    with risk.untouched():
+    with risk.untouched(first_order=True):
         for batch in risk.batches():
             weight += 0.0 if risk.loss.reduction == "sum" else float(batch.weight)
             for found in passes.of(batch, chosen):
@@ -102,7 +102,7 @@ def affordable_fisher(risk: Risk) -> str:
     """
     if not risk.loss.known:
         return "empirical"
-    with risk.untouched(), torch.no_grad():
+    with risk.untouched(first_order=True), torch.no_grad():
         batch = next(risk.batches())
         output = risk.loss.readable(batch.output(), batch.target)
     each = output.numel() / max(1, example_count(batch))

@@ -90,7 +90,7 @@ class Fit:
         """One batch more."""
         if state.phase == FACTORS and state.batch == self.settings.prefix:
             return self._factorized(state)
-        with self.risk.untouched():
+        with self.risk.untouched(first_order=True):
             batch = self._next(state)
             if batch is not None:
                 return self._added(state, batch)
