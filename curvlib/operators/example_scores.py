@@ -208,7 +208,8 @@ def _scores(
     for b, block in enumerate(blocks):
         own = directions[block.name]
         for at in chunks(block, found, like.dtype):
-            parts = list(terms(block, found, at, like.dtype, apart=tokens))
+            ones = tokens or measure
+            parts = list(terms(block, found, at, like.dtype, apart=tokens, ones=ones))
             for term in parts:
                 if not tokens:
                     layers[at, :, b] += own.contract(term.left, term.right)
