@@ -23,7 +23,7 @@ from torch import Tensor
 #: Bytes that intermediate products may take.
 CHUNK = 64 * 2**20
 #: Bytes of gradients that are formed at once: they are read again from the processor's cache.
-FORMED = 4 * 2**20
+FORMED = 16 * 2**20
 #: Work of writing and reading an entry, in floating-point operations.
 _PASS = 10.0
 
