@@ -7,12 +7,15 @@ of an example for the Fisher matrix:
 =============  ====================================================  ==========================
 phase          multiplications and additions of a layer              keeps
 =============  ====================================================  ==========================
-factors        :math:`N T (2 (1 + c) O I + 2 c O^2 + 2 I^2)`         nothing
+factors        :math:`N T (2 (1 + c) O I + 2 c O^2 + 2 I^2)`;        nothing
+               of wide layers nearly half of the squares
 eigenvectors   :math:`9 (O^3 + I^3)`, float64                        :math:`O^2 + I^2`
 eigenvalues    :math:`N (2 (1 + c) T O I)`, and the route of         :math:`O I`
                :mod:`curvlib.operators.kfac_squares`
-queries        :math:`Q (6 T O I + 4 O I (O + I))`                   :math:`Q O I`, if dense
-compression    :math:`2 Q O I (r + p)(2 s + 2)`, and small           :math:`Q r (O + I)`
+queries        :math:`6 Q T O I`, the smaller of                     :math:`Q O I`, if dense
+               :math:`2 Q T (O^2 + I^2)`, :math:`2 Q O I (O + I)`,
+               and, if dense, :math:`2 Q O I (O + I)` back
+compression    :math:`2 Q O I (2 r + p)(2 s + 2)`, and small         :math:`Q r (O + I)`
                factorizations
 scan           :math:`N 4 T O I`, and the cheapest of                scores that are kept
                :math:`2 N T Q O I`, :math:`2 N (T + Q) O I`;
@@ -26,6 +29,7 @@ bounds; the bytes of factors and directions are exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +40,7 @@ from curvlib.influence.directions import MEMORY
 from curvlib.influence.scan import SAMPLE
 from curvlib.operators.fisher_diagonal import affordable_fisher
 from curvlib.operators.kfac_squares import route
+from curvlib.operators.kfac_sums import TILE
 from curvlib.operators.known_examples import known_examples
 from curvlib.operators.layer_shapes import LayerShape, layer_shapes
 from curvlib.operators.query_directions import CHUNK, formed
@@ -233,7 +238,7 @@ def _fit(
         return
     own = [s for s in layers if s.covered]
     moments = sum(
-        2.0 * N * s.rows * s.groups * (c * left + right)
+        2.0 * N * s.rows * s.groups * (c * left * _half(s.outputs) + right * _half(s.inputs))
         for s in own
         for left, right in [_entries(s)]
     )
@@ -260,8 +265,9 @@ def _queries(
 ) -> Iterator[tuple[str, float, float, float]]:
     """Phases of the directions."""
     work = float(Q) * sum(3.0 * _once(s) for s in layers)
-    if curvature in ("ekfac", "kfac"):
-        work += Q * sum(4.0 * s.size * sum(_dense_sides(s)) for s in layers if s.covered)
+    factored = curvature in ("ekfac", "kfac")
+    if factored:
+        work += Q * sum(_rotation(s) for s in layers if s.covered)
     dense = float(Q * sum(s.size for s in layers) * item)
     held = 3.0 * max(min(dense, float(MEMORY)), dense / Q)  # gradients, solved, and as blocks
     low = [
@@ -269,11 +275,14 @@ def _queries(
         for s in layers
         if rank is not None and rank * (s.outputs + s.inputs) < s.outputs * s.inputs
     ]
+    back = [s for s in layers if s.covered and s not in low] if factored else []
+    work += Q * sum(2.0 * s.size * sum(_dense_sides(s)) for s in back)
     if rank is None or not low:
         yield "queries", work, dense, held
         return
     yield "queries", work, 0.0, held
     width = rank + oversampling
+    width += rank if len(low) > 1 else 0  # what a layer may get of others' ranks
     flops = 0.0
     for s in low:
         O, I = s.outputs, s.inputs  # noqa: E741 (the axes of outputs and inputs)
@@ -284,8 +293,8 @@ def _queries(
             products = 2.0 * O * I * width * (2 * iterations + 2)
             bases = 4.0 * width**2 * ((iterations + 1) * O + iterations * I)
             own = products + bases + 14.0 * I * width**2 + 2.0 * O * width**2
-        if curvature in ("ekfac", "kfac"):  # into its metric
-            own += 2.0 * O * I * sum(_dense_sides(s))
+        if factored:  # from the eigenbasis
+            own += 2.0 * rank * sum(side**2 for side in _dense_sides(s))
         flops += Q * s.groups * (own + 2.0 * O * I * rank)
     yield "compression", flops, float(_directions_bytes(layers, Q, rank, item)), float(2 * CHUNK)
 
@@ -314,6 +323,21 @@ def _scan(
     return "scan", work, scores, activations + most
 
 
+def _half(side: int) -> float:
+    """The part of a second moment of many rows that is multiplied out."""
+    tiles = math.ceil(side / TILE)
+    return 1.0 if side < 2 * TILE else (tiles + 1.0) / (2.0 * tiles)
+
+
+def _rotation(s: LayerShape) -> float:
+    """Work of taking one gradient into the eigenbasis: its rows, where there are few, or itself."""
+    left, right = (O if dense else 0 for O, dense in _sides(s))
+    whole = 2.0 * s.size * (left + right)
+    rows = 2.0 * s.groups * s.rows * (s.outputs * left + s.inputs * right)
+    few = s.rows * (s.outputs + s.inputs) < s.outputs * s.inputs
+    return min(rows, whole) if few else whole
+
+
 def _once(s: LayerShape) -> float:
     """Work of one pass of one example, forward or backward."""
     return 2.0 * s.rows * s.size
@@ -325,9 +349,12 @@ def _entries(s: LayerShape) -> tuple[int, int]:
     return left, s.inputs**2 if s.right_dense else s.inputs
 
 
+def _sides(s: LayerShape) -> tuple[tuple[int, bool], tuple[int, bool]]:
+    return (s.outputs, s.left_dense), (s.inputs, s.right_dense)
+
+
 def _dense_sides(s: LayerShape) -> list[int]:
-    sides = ((s.outputs, s.left_dense), (s.inputs, s.right_dense))
-    return [side for side, dense in sides if dense and s.covered]
+    return [side for side, dense in _sides(s) if dense and s.covered]
 
 
 def _rows_bytes(s: LayerShape, item: int) -> int:
