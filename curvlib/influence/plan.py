@@ -24,7 +24,8 @@ scan           :math:`N 4 T O I`, and the cheapest of                scores that
 
 Passes count :math:`2 T O I` forward and as much backward, since no gradients of weights are
 formed. The work of what has no weights (attention, activations) is not counted, so times are lower
-bounds; the bytes of factors and directions are exact.
+bounds; the bytes of factors and dense directions are exact, and compressed ones take no more (layers
+share ranks).
 """
 
 from __future__ import annotations
@@ -331,7 +332,7 @@ def _half(side: int) -> float:
 
 def _rotation(s: LayerShape) -> float:
     """Work of taking one gradient into the eigenbasis: its rows, where there are few, or itself."""
-    left, right = (O if dense else 0 for O, dense in _sides(s))
+    left, right = (side if dense else 0 for side, dense in _sides(s))
     whole = 2.0 * s.size * (left + right)
     rows = 2.0 * s.groups * s.rows * (s.outputs * left + s.inputs * right)
     few = s.rows * (s.outputs + s.inputs) < s.outputs * s.inputs

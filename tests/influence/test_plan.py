@@ -157,7 +157,9 @@ def test_bytes_are_those_of_the_tensors(dtype):
         own = (queries, inf.risk, inf.preconditioner, None, rank, None)
         held = sum(part.bytes for part in fitting_directions(*own).values())
         found = phases(plan(layers, rank=rank, **common))
-        assert sum(found[name][1] for name in ("queries", "compression") if name in found) == held
+        most = sum(found[name][1] for name in ("queries", "compression") if name in found)
+        # a shared rank is spent but for what is less than the cost of one more
+        assert held == most if rank is None else 0.8 * most < held <= most
 
 
 def test_shapes_are_read_from_convolutions_embeddings_and_the_rest():
