@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def arranged(
         stack.enter_context(_requires_grad(model, params))
         stack.enter_context(_without_hooks(params))
         stack.enter_context(_copied_buffers(model))
+        stack.enter_context(_first_order(first_order))
         if not first_order:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_fast_path())
@@ -70,9 +72,21 @@ def arranged(
         yield
 
 
-def attention_is_fused() -> bool:
-    """Whether ``scaled_dot_product_attention`` may run a fused kernel now."""
-    return bool(torch.backends.cuda.flash_sdp_enabled())
+_FIRST_ORDER: ContextVar[bool] = ContextVar("first_order", default=False)
+
+
+@contextmanager
+def _first_order(on: bool) -> Iterator[None]:
+    token = _FIRST_ORDER.set(on)
+    try:
+        yield
+    finally:
+        _FIRST_ORDER.reset(token)
+
+
+def is_first_order() -> bool:
+    """Whether the innermost :func:`arranged` is for first derivatives alone."""
+    return _FIRST_ORDER.get()
 
 
 def has_recurrent(model: nn.Module) -> bool:

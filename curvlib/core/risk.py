@@ -316,7 +316,7 @@ class Risk:
         """
         if params is not None:
             return self.replaced(params, lambda: self.call(data))
-        if self._noticed or passes.attention_is_fused():
+        if self._noticed or passes.is_first_order():
             return self._forward(self.model, data)
         with passes.SpotAttention() as spot:
             output = self._forward(self.model, data)

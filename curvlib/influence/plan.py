@@ -24,8 +24,8 @@ scan           :math:`N 4 T O I`, and the cheapest of                scores that
 
 Passes count :math:`2 T O I` forward and as much backward, since no gradients of weights are
 formed. The work of what has no weights (attention, activations) is not counted, so times are lower
-bounds; the bytes of factors and dense directions are exact, and compressed ones take no more (layers
-share ranks).
+bounds; the bytes of factors and dense directions are exact, and compressed ones take no more, since
+layers share ranks.
 """
 
 from __future__ import annotations

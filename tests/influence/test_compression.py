@@ -132,6 +132,22 @@ def test_rows_that_are_one_hot_are_indices(name):
         assert torch.allclose(found, getattr(low, name)(rows, right), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_column_of_ones_may_be_left_out(groups, rows, monkeypatch):
+    """As rows or as gradients, in one chunk or in several."""
+    low = low_rank(normal(3, groups, 6, 5), rank=2)
+    left, bare = normal(groups, 40, rows, 6), normal(groups, 40, rows, 4, seed=1)
+    right = torch.cat([bare, torch.ones(groups, 40, rows, 1)], -1)
+    for body in (low, DenseDirections(low.dense())):
+        expected = body.contract_tokens(left, right).sum(-1)
+        for chunk in (2**24, 1000):
+            monkeypatch.setattr("curvlib.operators.query_directions.FORMED", chunk)
+            monkeypatch.setattr("curvlib.influence.low_rank.ROWS", chunk)
+            for rest in (right, bare):
+                assert torch.allclose(body.contract(left, rest), expected, rtol=1e-11, atol=1e-12)
+
+
 def test_chunks_of_examples_do_not_change_scores(monkeypatch):
     low = low_rank(normal(3, 1, 6, 5), rank=2)
     left, right = normal(1, 7, 4, 6), normal(1, 7, 4, 5, seed=1)
