@@ -9,7 +9,7 @@
     A transformer of two blocks that reads 32 characters: of tinyshakespeare where a folder with
     it is given, else of Python's standard library.
 ``hedging``
-    An LSTM that hedges a call on Heston paths (``hedging.py``).
+    An LSTM that hedges a call on Heston paths (that of ``examples/kfac_lstm_hedging.py``).
 
 Losses of ``digits`` are those of 512 training images, of ``autoencoder`` those of all; the other
 two are held out (there, each example is seen about once). The first parameters and the batches
@@ -18,6 +18,7 @@ depend on the seed alone.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import time
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import hedging
 import torch
 from torch import Tensor, nn
 
@@ -173,7 +173,19 @@ def characters(folder: Path | None) -> Task:
     )
 
 
+def example(name: str) -> Any:
+    """The definitions of a script in ``examples/``."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def hedge(_: Path | None) -> Task:
+    hedging = example("kfac_lstm_hedging")
     generator = torch.Generator().manual_seed(0)
     paths, other = hedging.heston(8192, generator), hedging.heston(2048, generator)
     return Task(
@@ -181,7 +193,7 @@ def hedge(_: Path | None) -> Task:
         "Heston paths",
         hedging.Hedge,
         drawn(hedging.features(*paths), paths[0], 256),
-        hedging.risk,
+        lambda shares, prices: hedging.risk(hedging.profit(shares, prices)),
         (hedging.features(*other), other[0]),
         150,
         5,

@@ -15,6 +15,7 @@ from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
+from curvlib.core.shards import shard
 from curvlib.core.space import ParamSpace
 from curvlib.core.structured import Diagonal, LowRankPlusShift
 from curvlib.estimators.density import Density, density
@@ -114,6 +115,7 @@ __all__ = [
     "prune",
     "pruning",
     "rates",
+    "shard",
     "solve",
     "spectral_norm",
     "to_cupy",

@@ -122,53 +122,56 @@ def train(name: str, lr: float, seed: int) -> Run:
     return Run(curve, seconds, model)
 
 
-generator = torch.Generator().manual_seed(0)
-paths, test = heston(8192, generator), heston(8192, generator)
-known, known_test = features(*paths), features(*test)
-unhedged = profit(torch.zeros(len(test[0]), DAYS), test[0])
-textbook = profit(black_scholes(*test), test[0])
-print(f"no hedge {float(risk(unhedged)):.3f}, Black-Scholes hedge {float(risk(textbook)):.3f}")
-print(KFAC(Hedge()).coverage())
+if __name__ == "__main__":
+    generator = torch.Generator().manual_seed(0)
+    paths, test = heston(8192, generator), heston(8192, generator)
+    known, known_test = features(*paths), features(*test)
+    unhedged = profit(torch.zeros(len(test[0]), DAYS), test[0])
+    textbook = profit(black_scholes(*test), test[0])
+    print(f"no hedge {float(risk(unhedged)):.3f}, Black-Scholes hedge {float(risk(textbook)):.3f}")
+    print(KFAC(Hedge()).coverage())
 
-runs: dict[str, list[Run]] = {}
-print(f"\n{'optimizer':18} {'held-out risk by learning rate':44} best: 3 seeds   ms a step")
-for name, grid in GRIDS.items():
-    tried = {lr: train(name, lr, seed=0) for lr in grid}
-    best = min(grid, key=lambda lr: tried[lr].curve[-1])
-    runs[name] = [tried[best], *(train(name, best, seed) for seed in (1, 2))]
-    ends = sorted(run.curve[-1] for run in runs[name])
-    each = "  ".join(f"{lr:g}: {run.curve[-1]:.3f}" for lr, run in tried.items())
-    cost = 1000.0 * min(run.seconds for run in runs[name]) / STEPS
-    print(f"{name:18} {each:44} {ends[1]:.3f} ({ends[0]:.3f} to {ends[2]:.3f})  {cost:.0f}")
+    runs: dict[str, list[Run]] = {}
+    print(f"\n{'optimizer':18} {'held-out risk by learning rate':44} best: 3 seeds   ms a step")
+    for name, grid in GRIDS.items():
+        tried = {lr: train(name, lr, seed=0) for lr in grid}
+        best = min(grid, key=lambda lr: tried[lr].curve[-1])
+        runs[name] = [tried[best], *(train(name, best, seed) for seed in (1, 2))]
+        ends = sorted(run.curve[-1] for run in runs[name])
+        each = "  ".join(f"{lr:g}: {run.curve[-1]:.3f}" for lr, run in tried.items())
+        cost = 1000.0 * min(run.seconds for run in runs[name]) / STEPS
+        print(f"{name:18} {each:44} {ends[1]:.3f} ({ends[0]:.3f} to {ends[2]:.3f})  {cost:.0f}")
 
-target = sorted(run.curve[-1] for run in runs["AdamW"])[1]
-for name, own in runs.items():
-    middle = torch.tensor([run.curve for run in own]).median(0).values
-    reached = [i * EVERY for i, value in enumerate(middle.tolist()) if value <= target]
-    print(f"{name}: as good as AdamW at its end after {reached[0] if reached else 'more'} steps")
+    target = sorted(run.curve[-1] for run in runs["AdamW"])[1]
+    for name, own in runs.items():
+        middle = torch.tensor([run.curve for run in own]).median(0).values
+        reached = [i * EVERY for i, value in enumerate(middle.tolist()) if value <= target]
+        print(
+            f"{name}: as good as AdamW at its end after {reached[0] if reached else 'more'} steps"
+        )
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-steps = torch.arange(0, STEPS + 1, EVERY)
-for name, own in runs.items():
-    curves = torch.tensor([run.curve for run in own])
-    (line,) = left.plot(steps, curves.median(0).values, label=name)
-    left.fill_between(steps, curves.amin(0), curves.amax(0), alpha=0.2, color=line.get_color())
-left.axhline(float(risk(textbook)), color="black", linestyle=":", label="Black-Scholes hedge")
-left.set(xlabel="step", ylabel="held-out risk ($)", ylim=(3.34, 3.76))
-left.set_title("Median and range of 3 seeds, best learning rates", loc="left")
-left.legend()
-with torch.no_grad():
-    hedged = {name: profit(own[0].model(known_test), test[0]) for name, own in runs.items()}
-bins = torch.linspace(-6.0, 0.0, 49).tolist()
-for name, result in hedged.items():
-    right.hist(result.tolist(), bins=bins, histtype="step", label=name)
-right.hist(
-    textbook.tolist(), bins=bins, histtype="step", color="black", ls=":", label="Black-Scholes"
-)
-right.set(xlabel="final profit and loss without premium ($)", ylabel="paths")
-right.set_title("Held-out paths", loc="left")
-right.legend(loc="upper left")
-folder = Path("curvlib-out")
-folder.mkdir(exist_ok=True)
-figure.savefig(folder / "kfac_lstm_hedging.png", dpi=200)
-print(f"wrote {folder / 'kfac_lstm_hedging.png'}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    steps = torch.arange(0, STEPS + 1, EVERY)
+    for name, own in runs.items():
+        curves = torch.tensor([run.curve for run in own])
+        (line,) = left.plot(steps, curves.median(0).values, label=name)
+        left.fill_between(steps, curves.amin(0), curves.amax(0), alpha=0.2, color=line.get_color())
+    left.axhline(float(risk(textbook)), color="black", linestyle=":", label="Black-Scholes hedge")
+    left.set(xlabel="step", ylabel="held-out risk ($)", ylim=(3.34, 3.76))
+    left.set_title("Median and range of 3 seeds, best learning rates", loc="left")
+    left.legend()
+    with torch.no_grad():
+        hedged = {name: profit(own[0].model(known_test), test[0]) for name, own in runs.items()}
+    bins = torch.linspace(-6.0, 0.0, 49).tolist()
+    for name, result in hedged.items():
+        right.hist(result.tolist(), bins=bins, histtype="step", label=name)
+    right.hist(
+        textbook.tolist(), bins=bins, histtype="step", color="black", ls=":", label="Black-Scholes"
+    )
+    right.set(xlabel="final profit and loss without premium ($)", ylabel="paths")
+    right.set_title("Held-out paths", loc="left")
+    right.legend(loc="upper left")
+    folder = Path("curvlib-out")
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "kfac_lstm_hedging.png", dpi=200)
+    print(f"wrote {folder / 'kfac_lstm_hedging.png'}")

@@ -68,6 +68,7 @@ NAMES = [
     "prune",
     "pruning",
     "rates",
+    "shard",
     "solve",
     "spectral_norm",
     "to_cupy",

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 
 from curvlib.cli.target import converted, load, load_object
+from curvlib.core.group import group_of
+from curvlib.core.minibatch import example_count
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
+from curvlib.core.shards import sharded
 from curvlib.demo import digits
 from curvlib.operators.fisher import fisher
 from curvlib.operators.ggn import ggn
@@ -57,10 +60,17 @@ class Job:
         """Wall time since the command began."""
         return time.monotonic() - self.start
 
-    def finish(self, written: Sequence[Path]) -> None:
-        """Removes checkpoints, of which the results have taken the place, and names the files."""
-        shutil.rmtree(self.checkpoints)
-        print("\n".join(f"wrote {path}" for path in written))
+    def finish(self, write: Callable[[], Sequence[Path]]) -> None:
+        """Writes the results, removes checkpoints, whose place they take, and names the files.
+
+        The first of several processes does it; the others wait.
+        """
+        group = self.risk.group
+        with contextlib.nullcontext() if group is None else group.together("writing results"):
+            if group is None or group.first:
+                written = write()
+                shutil.rmtree(self.checkpoints)
+                print("\n".join(f"wrote {path}" for path in written))
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class CurvatureJob(Job):
             "name": self.op.name,
             "target": self.target,
             "parameters": self.op.shape[0],
-            "examples": sum(batch.examples for batch in self.risk.batches()),
+            "examples": example_count(self.risk),
             "seconds": self.seconds,
             "resumed": self.resumed,
         }
@@ -178,8 +188,8 @@ def risk_job(args: argparse.Namespace, argv: Sequence[str], default: str) -> Job
     """Makes the folder, loads the risk and checks it: see :func:`job`."""
     start = time.monotonic()
     folder = args.out or Path("curvlib-out") / default.format(_short_name(args.target))
-    checkpoints, resumed = _prepare(folder, resume=args.resume)
-    risk = _risk(args)
+    checkpoints, resumed = _prepared(folder, resume=args.resume)
+    risk = sharded(_risk(args))
     print(f"{args.target or 'digits demo'}: {risk!r}")
     if args.check:
         for finding in risk.check(seed=args.seed).findings:
@@ -204,6 +214,18 @@ def says_how_to_resume(job: Job) -> Iterator[None]:
         resumes = "--resume" in shlex.split(job.command)
         again = job.command if resumes else f"{job.command} --resume"
         raise KeyboardInterrupt(f"by Ctrl-C; go on with: {again}") from stop
+
+
+def _prepared(folder: Path, *, resume: bool) -> tuple[Path, bool]:
+    """What :func:`_prepare` returns on the first of several processes, which does it for all."""
+    group = group_of()
+    if group is None:
+        return _prepare(folder, resume=resume)
+    found = (folder / "checkpoints", False)
+    with group.together("making the folder of the results"):
+        if group.first:
+            found = _prepare(folder, resume=resume)
+    return found[0], bool(group.most([float(found[1])])[0])
 
 
 def _prepare(folder: Path, *, resume: bool) -> tuple[Path, bool]:
@@ -242,8 +264,8 @@ def _risk(args: argparse.Namespace) -> Risk:
 def held_out_risk(args: argparse.Namespace) -> Risk | None:
     """The risk of ``--test``, that of the demo's held-out images, or none."""
     if args.test is not None:
-        return _converted(_seeded(args.test, args.seed), args)
-    return _converted(digits().test_risk(), args) if args.target is None else None
+        return sharded(_converted(_seeded(args.test, args.seed), args))
+    return sharded(_converted(digits().test_risk(), args)) if args.target is None else None
 
 
 def _converted(risk: Risk, args: argparse.Namespace) -> Risk:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         )
     layers = _layers(found, work)
     print(table(layers))
-    work.finish(write(layers, work.folder, work.command))
+    work.finish(lambda: write(layers, work.folder, work.command))
 
 
 def _layers(found: DiagonalEstimate, work: CurvatureJob) -> Layers:

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         resumed=work.resumed,
     )
     print(table(search))
-    work.finish(write(search, work.folder, work.command))
+    work.finish(lambda: write(search, work.folder, work.command))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from curvlib.cli import diagonal, influence, prune, rates, spectrum, trace
+from curvlib.cli.processes import complain, prints_on_the_first, processes
 from curvlib.core.files import curvlib_version
 
 #: Exit codes: what was asked for cannot be done; stopped by Ctrl-C (as shells report it).
@@ -40,17 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (spectrum, trace, diagonal, prune, rates, influence):
         command.add_parser(commands)
     args = parser.parse_args(argv)
-    try:
-        with _plain_warnings():
-            args.run(args, argv)
-    except KeyboardInterrupt as interrupt:
-        print(f"curvlib: stopped: {_line(interrupt) or 'by Ctrl-C'}", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:  # noqa: BLE001 (the last frame; --debug shows the whole)
-        if args.debug:
-            traceback.print_exc()
-        print(f"curvlib: error: {_describe(error)}", file=sys.stderr)
-        return BAD_INPUT
+    with processes() as group:
+        try:
+            with _plain_warnings(), prints_on_the_first(group):
+                args.run(args, argv)
+        except KeyboardInterrupt as interrupt:
+            complain(f"stopped: {_line(interrupt) or 'by Ctrl-C'}", group)
+            return INTERRUPTED
+        except Exception as error:  # noqa: BLE001 (the last frame; --debug shows the whole)
+            if args.debug:
+                traceback.print_exc()
+            complain(f"error: {_describe(error)}", group)
+            return BAD_INPUT
     return 0
 
 

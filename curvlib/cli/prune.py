@@ -16,6 +16,7 @@ from curvlib.cli.common import (
     risk_job,
     says_how_to_resume,
 )
+from curvlib.core.minibatch import example_count
 from curvlib.core.risk import Risk
 from curvlib.operators.accuracy import accuracy
 from curvlib.pruning.compare import compare
@@ -123,12 +124,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         dense=dense,
         pruned=_value(judge, found.model),
         target=work.target,
-        examples=sum(batch.examples for batch in work.risk.batches()),
+        examples=example_count(work.risk),
         seconds=work.seconds,
         resumed=work.resumed,
     )
     print(table(pruning))
-    work.finish(write(pruning, work.folder, work.command))
+    work.finish(lambda: write(pruning, work.folder, work.command))
 
 
 def _others(names: str) -> list[str]:

@@ -14,6 +14,7 @@ from curvlib.cli.common import (
     risk_job,
     says_how_to_resume,
 )
+from curvlib.core.minibatch import example_count
 from curvlib.rates.learning_rate import max_learning_rate
 from curvlib.rates.measured_edges import TRAINERS, measured_edges
 from curvlib.report.rates import Rates, table, write
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if args.momentum is not None and args.optimizer == "sgd":
         raise ValueError("--momentum belongs to --optimizer momentum and adam")
     work = risk_job(args, argv, "{}-rates")
-    sizes = args.batch_sizes or _default_sizes(sum(b.examples for b in work.risk.batches()))
+    sizes = args.batch_sizes or _default_sizes(example_count(work.risk))
     with says_how_to_resume(work):
         predicted = max_learning_rate(
             work.risk,
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         resumed=work.resumed,
     )
     print(table(rates))
-    work.finish(write(rates, work.folder, work.command))
+    work.finish(lambda: write(rates, work.folder, work.command))
 
 
 def _training(args: argparse.Namespace) -> dict[str, Any]:

@@ -70,4 +70,4 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         )
     spectrum = Spectrum(eigenpairs=pairs, density=estimate, **work.measured())
     print(table(spectrum))
-    work.finish(write(spectrum, work.folder, work.command))
+    work.finish(lambda: write(spectrum, work.folder, work.command))

@@ -94,6 +94,7 @@ def converted(
         weight=risk.take_weight,
         reduction=risk.given_reduction,
         params=[twins[id(p)] for p in risk.params.values()],
+        group=risk.group or False,
     )
 
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             whole = {"whole": slice(None)}
             layers = _sketched(diagonal(work.op, method=chosen, blocks=whole, **settings), work)
     print(table(layers))
-    work.finish(write(layers, work.folder, work.command))
+    work.finish(lambda: write(layers, work.folder, work.command))
 
 
 def _sampled(found: Estimate, work: CurvatureJob) -> Layers:

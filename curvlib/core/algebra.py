@@ -55,6 +55,7 @@ def combined(a: LinearOperator, b: LinearOperator, sign: float) -> LinearOperato
         space=a.space if a.space == b.space else None,
         name=f"{a.name} {'+' if sign > 0 else '-'} {b.name if sign > 0 else _group(b.name)}",
         identity=lambda: a.fingerprint() + b.fingerprint(),
+        group=a.group or b.group,
         restrict=(
             None
             if a._restrict is None or b._restrict is None or a.space != b.space
@@ -78,6 +79,7 @@ def product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
         space=a.space if a.space == b.space else None,
         name=f"{_group(a.name)} @ {_group(b.name)}",
         identity=lambda: a.fingerprint() + b.fingerprint(),
+        group=a.group or b.group,
     )
 
 
@@ -133,11 +135,16 @@ def indices(op: LinearOperator, index: Index, axis: int) -> Tensor:
 
 
 def require_same_kind(a: LinearOperator, b: LinearOperator, sign: str) -> None:
-    """Raises unless two operators have vectors of one dtype on one device."""
+    """Raises unless two operators have vectors of one dtype on one device, and fit in ranks."""
     if a.dtype != b.dtype:
         raise TypeError(f"cannot combine {a.dtype} and {b.dtype} operators with {sign!r}")
     if a.device != b.device:
         raise ValueError(f"cannot combine operators on {a.device} and {b.device} with {sign!r}")
+    if a.group is not None and b.group is not None and a.group != b.group:
+        raise ValueError(
+            f"cannot combine operators of different process groups with {sign!r}: make both risks "
+            "with the same group="
+        )
 
 
 def _part(op: LinearOperator, names: tuple[str, ...]) -> LinearOperator:

@@ -98,6 +98,8 @@ def check(risk: Risk, *, seed: int = 0) -> Report:
         >>> [finding.kind for finding in risk.check().findings]
         ['dropout']
     """
+    if risk.group is not None:
+        return _joined_check(risk, seed)
     findings = [*_modes(risk), *_repeatable(risk), *_normalization(risk)]
     random = any(f.kind in ("dropout", "randomness") for f in findings)
     asymmetry, error = _second_derivative(risk, seed)
@@ -123,6 +125,26 @@ def check(risk: Risk, *, seed: int = 0) -> Report:
             )
         )
     return Report(tuple(findings), asymmetry, error)
+
+
+def _joined_check(risk: Risk, seed: int) -> Report:
+    """Each rank looks at its own shard; all have what any of them found."""
+    group = risk.group
+    assert group is not None
+    own = Report((), 0.0, 0.0)
+    with group.together("a check of its shard"):
+        alone = risk.alone()
+        if next(iter(alone._batches), None) is not None:
+            own = check(alone, seed=seed)
+    every = group.values(
+        [[[f.kind, f.message, f.remedy] for f in own.findings], own.asymmetry, own.derivative_error]
+    )
+    found = {tuple(finding): None for findings, _, _ in every for finding in findings}
+    return Report(
+        tuple(Finding(*finding) for finding in found),
+        max(asymmetry for _, asymmetry, _ in every),
+        max(error for _, _, error in every),
+    )
 
 
 def _modes(risk: Risk) -> Iterator[Finding]:
@@ -267,9 +289,21 @@ def central_difference(batch: Batch, vector: Tensor) -> Tensor:
 
 
 def non_finite(risk: Risk) -> str:
-    """Names the batch and the layer where numbers stop being finite."""
+    """Names the batch and the layer where numbers stop being finite, on all ranks alike."""
+    found = _non_finite(risk)
+    if risk.group is not None:
+        every = enumerate(risk.group.texts(found))
+        found = next((f"{text} (on rank {rank})" for rank, text in every if text), "")
+    return found or (
+        "the product is not finite, though losses and gradients are: the vectors are not finite or "
+        "too large, or a second derivative does not exist here (a root or a norm at zero); check "
+        "the vectors with torch.isfinite, and risk.check()"
+    )
+
+
+def _non_finite(risk: Risk) -> str:
     with risk.untouched():
-        for batch in risk.batches():
+        for batch in risk.batches(shard=True):
             with _watch(risk.model) as layers:
                 output = batch.output()
             value = batch.total(output)
@@ -292,11 +326,7 @@ def non_finite(risk: Risk) -> str:
                         f"the gradient of parameter {name!r} is not finite at {where}; the loss "
                         "has an infinite slope there (a root or a logarithm at zero), or overflows"
                     )
-    return (
-        "the product is not finite, though losses and gradients are: the vectors are not finite or "
-        "too large, or a second derivative does not exist here (a root or a norm at zero); check "
-        "the vectors with torch.isfinite, and risk.check()"
-    )
+    return ""
 
 
 def _real(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset
 
 
 def in_memory(data: Any, *, pairs: bool) -> Sequence[Any] | None:
@@ -49,27 +49,6 @@ def batch_count(data: Any) -> int | None:
         return len(data)
     except TypeError:  # there is no __len__, or (of a DataLoader) its data set has none
         return None
-
-
-def held_tensors(data: Any) -> list[Tensor]:
-    """Tensors that a loader's data set holds in memory: what it is told apart from others by.
-
-    Those of a ``TensorDataset``, of a list of examples, and of subsets of these, with their
-    indices. Nothing of others, which would take a pass.
-
-    Example:
-        >>> loader = torch.utils.data.DataLoader(TensorDataset(torch.ones(3, 1)), batch_size=2)
-        >>> held_tensors(loader)[0].tolist()
-        [[1.0], [1.0], [1.0]]
-    """
-    dataset = getattr(data, "dataset", None)
-    if isinstance(dataset, TensorDataset):
-        return list(dataset.tensors)
-    if isinstance(dataset, (list, tuple)):
-        return list(tensors(dataset))
-    if isinstance(dataset, Subset):
-        return [torch.tensor([int(i) for i in dataset.indices]), *held_tensors(dataset)]
-    return []
 
 
 def reiterable(data: Any) -> Any:

@@ -19,10 +19,13 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from curvlib.core.group import Group
 
 #: Version of the layout that :func:`write_record` writes.
 FORMAT_VERSION = 1
@@ -181,6 +184,27 @@ def read_record(
             "nothing can be read from it"
         ) from error
     return str(document["class"]), content
+
+
+def shared_record(
+    path: str | os.PathLike[str], device: torch.device | str, group: Group
+) -> tuple[str, dict[str, Any]] | None:
+    """What :func:`read_record` finds on the first rank's disk, on every rank; ``None`` if nothing.
+
+    Raises:
+        ValueError: As :func:`read_record`, on every rank.
+    """
+    content = None
+    with group.together(f"reading {str(path)!r}"):
+        if group.first and Path(path).exists():
+            content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+    received = group.from_first(content)
+    if not received.numel():
+        return None
+    with tempfile.TemporaryDirectory() as folder:  # the format is read from files
+        copy = Path(folder) / Path(path).name
+        copy.write_bytes(received.cpu().numpy().tobytes())
+        return read_record(copy, device)
 
 
 def curvlib_version() -> str:

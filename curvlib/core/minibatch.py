@@ -7,6 +7,7 @@ loops draw them. Draws are independent of each other, or *disjoint* (no example 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,11 +28,29 @@ def example_count(risk: Risk) -> int:
         >>> example_count(Risk(torch.nn.Linear(2, 1), torch.nn.MSELoss(), (x, y)))
         5
     """
-    if risk.in_memory is not None:
-        count = sum(Batch(risk, i, data).examples for i, data in enumerate(risk.in_memory))
-        if count:
-            return count
-    return sum(batch.examples for batch in risk.batches())
+    return sum(example_counts(risk))
+
+
+def example_counts(risk: Risk) -> list[int]:
+    """The number of examples of each rank's shard; one number where there is one process."""
+    count = 0
+    with _together(risk):
+        if risk.in_memory is not None:
+            count = sum(Batch(risk, i, data).examples for i, data in enumerate(risk.in_memory))
+        if not count:
+            count = sum(batch.examples for batch in risk.batches(shard=True))
+    if risk.group is None:
+        return [count]
+    return [int(n) for (n,) in risk.group.numbers([count])]
+
+
+def example_start(risk: Risk) -> int:
+    """The number, among all ranks' examples, of the first one of this rank's shard."""
+    return 0 if risk.group is None else sum(example_counts(risk)[: risk.group.rank])
+
+
+def _together(risk: Risk) -> AbstractContextManager[None]:
+    return nullcontext() if risk.group is None else risk.group.together("counting its examples")
 
 
 def require_batch_size(batch_size: Any, count: int) -> int:
@@ -61,7 +80,8 @@ def minibatches(
 ) -> list[Risk]:
     """Random mini-batches of a risk's data, each as a risk of the same model, loss and parameters.
 
-    One pass over the data. Examples lie along the first axis of every tensor of a batch.
+    One pass over the data. Examples lie along the first axis of every tensor of a batch. In a
+    process group the examples of all ranks are drawn from, and each keeps those of its shard.
 
     Args:
         risk: The risk of all examples, a mean (``reduction="mean"``).
@@ -112,15 +132,15 @@ def minibatches(
             torch.randperm(count, generator=random)[:batch_size].sort().values for _ in range(draws)
         ]
     parts: list[list[Any]] = [[] for _ in chosen]
-    start = 0
-    for batch in risk.batches():
+    start = example_start(risk)
+    for batch in risk.batches(shard=True):
         stop = start + batch.examples
         for indices, found in zip(chosen, parts, strict=True):
             inside = indices[(indices >= start) & (indices < stop)] - start
             if inside.numel():
                 found.append(chosen_examples(batch, inside).data)
         start = stop
-    return [risk.on(_joined(found)) for found in parts]
+    return [risk.on(_joined(found) if found else []) for found in parts]
 
 
 def _joined(parts: Sequence[Any]) -> list[Any]:

@@ -25,6 +25,7 @@ from curvlib.core.algebra import Index
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
+    from curvlib.core.group import Group
     from curvlib.core.space import ParamSpace
 
 Matmat = Callable[[Tensor], Tensor]
@@ -51,6 +52,7 @@ class LinearOperator:
             the operator has one: see :meth:`differentiable_matmat`.
         restrict: Returns the operator of a subset of the parameters (given by name) where
             that is cheaper than a submatrix.
+        group: The processes that have to multiply together, each by the same columns.
 
     Example:
         >>> import torch
@@ -76,6 +78,7 @@ class LinearOperator:
         identity: str | Callable[[], str] = "",
         restrict: Callable[[tuple[str, ...]], LinearOperator] | None = None,
         differentiable: Matmat | None = None,
+        group: Group | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -92,6 +95,7 @@ class LinearOperator:
         self.psd = psd
         self.space = space
         self.name = name
+        self.group = group
         self._product = matmat
         self._transposed_product = matmat if self.symmetric else rmatmat
         self._identity = identity
@@ -333,6 +337,7 @@ class LinearOperator:
             "space": self.space,
             "name": self.name,
             "identity": self.fingerprint,
+            "group": self.group,
         }
         return LinearOperator(matmat, **(settings | changes))
 

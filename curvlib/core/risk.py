@@ -11,6 +11,11 @@ unequal batches, masks and class weights give the risk of the whole data set exa
 
 Every product of every operator is a sum over batches of the same shape. Operators hand the term
 of one batch to :meth:`Risk.accumulate`, which loops, moves data, sums, normalizes and checks.
+
+In an initialized process group the data is this rank's *shard*: :math:`b` runs over the batches of
+all ranks, each loops over its own, and the sums are added up once for each pass
+(:mod:`curvlib.core.joined`). Shards may be unequal, or empty. :func:`curvlib.shard` takes a rank's
+part of data that all ranks hold.
 """
 
 from __future__ import annotations
@@ -24,20 +29,20 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
+from curvlib.core import shards
 from curvlib.core.batch import Batch, misread_mean
 from curvlib.core.data import (
-    batch_count,
     describe,
-    held_tensors,
     in_memory,
     is_mapping,
     is_pair,
     reiterable,
-    tensors,
     to_device,
 )
+from curvlib.core.fingerprint import content_of, fingerprint
+from curvlib.core.group import Group, GroupChoice, group_of
+from curvlib.core.joined import Shard, joined, problem_digest, require_device
 from curvlib.core.loss import Loss, read_loss
-from curvlib.core.operator import digest
 from curvlib.core.space import ParamSelection, ParamSpace, clean_name, select
 
 if TYPE_CHECKING:
@@ -68,10 +73,15 @@ class Risk:
         params: Name globs, modules, tensors, or a list of them: see
             :func:`curvlib.core.space.select`.
         device: Where batches are moved. Default: the parameters' device.
+        group: The processes whose shards make the data: the default process group where one is
+            initialized (and only this process otherwise), ``True`` for the same, but required,
+            ``False`` for this process alone, or a ``torch.distributed.ProcessGroup``.
 
     Raises:
         TypeError: If an argument has the wrong type, or data can be iterated only once.
-        ValueError: If parameters or the reduction do not fit.
+        ValueError: If parameters or the reduction do not fit, or the group's backend cannot send
+            tensors of this device.
+        RuntimeError: If a group is required and there is none.
 
     Example:
         >>> import torch
@@ -94,6 +104,7 @@ class Risk:
         reduction: str | None = None,
         params: ParamSelection = None,
         device: torch.device | str | None = None,
+        group: GroupChoice = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model= needs a torch.nn.Module, got {type(model).__name__}")
@@ -111,6 +122,10 @@ class Risk:
         self.space = ParamSpace.from_named(self.params)
         self.device = self.space.device if device is None else torch.device(device)
         self._batches = reiterable(data) if self.in_memory is None else self.in_memory
+        self.group: Group | None = group_of(group)
+        self.known_bits: tuple[Any, int] | None = None  # of the parameters, for other ranks
+        self.first_content = 0  # of the first batch, for other ranks
+        self.noticed_copies = False  # whether shards were compared
         self.given_reduction = reduction
         self._compiled = passes.has_compiled(model)
         self._seen: tuple[int, int] | None = None  # batches and examples of the first full pass
@@ -127,6 +142,9 @@ class Risk:
             if held is p
         ]
         self.is_part = False  # of a larger selection: then the loss need not use the parameters
+        if self.group is not None:
+            require_device(self.group, self.space.device)
+            shards.notice_padding(data, self.group)
 
     # ------------------------------------------------------------------- values
     def value(self) -> Tensor:
@@ -153,14 +171,30 @@ class Risk:
         """Total weight ``W`` of the loss terms (1 for ``reduction="sum"``), in one pass."""
         if self.loss.reduction == "sum":
             return 1.0
-        with self.untouched():
-            return sum(float(batch.weight) for batch in self.batches())
+
+        def add(batch: Batch, total: Tensor | None) -> Tensor:
+            own = torch.as_tensor(batch.weight, dtype=torch.float64, device=self.device)
+            return own if total is None else total + own
+
+        return float(_some(self._joined_pass(add, 1.0).total))
 
     def check(self, *, seed: int = 0) -> Report:
         """Looks for what makes curvature meaningless: see :func:`curvlib.core.check.check`."""
         from curvlib.core.check import check
 
         return check(self, seed=seed)
+
+    def fingerprint(self) -> str:
+        """A digest of what is measured: see :func:`curvlib.core.fingerprint.fingerprint`."""
+        return fingerprint(self)
+
+    def signature(self) -> int:
+        """64 bits of what has to be alike on all ranks, except for parameters and data."""
+        modes = "".join("t" if m.training else "e" for m in self.model.modules())
+        words = [*self.space.names, *self.space.shapes, self.space.dtype, modes]
+        words += [torch.__version__, self.loss.describe(), self.loss.reduction]
+        functions = (self.take_output, self.take_target, self.take_weight, self.loss.function)
+        return problem_digest(words, functions)
 
     # --------------------------------------------------------------- derivation
     def restrict(self, params: ParamSelection) -> Risk:
@@ -190,7 +224,19 @@ class Risk:
                 )
         return self._with(self.data, [named[name] for name in self.space.names], model)
 
-    def _with(self, data: Any, params: ParamSelection, model: nn.Module | None = None) -> Risk:
+    def alone(self) -> Risk:
+        """The risk of this rank's shard, which does not communicate."""
+        out = self._with(self.data, list(self.params.values()), group=False)
+        out.draws = self.draws
+        return out
+
+    def _with(
+        self,
+        data: Any,
+        params: ParamSelection,
+        model: nn.Module | None = None,
+        group: GroupChoice = None,
+    ) -> Risk:
         out = Risk(
             self.model if model is None else model,
             self.loss.function,
@@ -201,8 +247,10 @@ class Risk:
             reduction=self.given_reduction,
             params=params,
             device=self.device,
+            group=(self.group or False) if group is None else group,
         )
         out._noticed = self._noticed  # what was said once is not said again
+        out.noticed_copies = self.noticed_copies
         out.is_part = self.is_part
         return out
 
@@ -213,38 +261,33 @@ class Risk:
         return out
 
     # --------------------------------------------------------------------- loop
-    def accumulate(self, add: Callable[[Batch, Tensor | None], Tensor]) -> Tensor:
+    def accumulate(
+        self, add: Callable[[Batch, Tensor | None], Tensor], given: Tensor | None = None
+    ) -> Tensor:
         """Sums a function of batches over the data: the mean, or sum, over loss terms.
 
-        This is the only loop over data in curvlib: one pass, one normalized sum.
+        This is the only loop over data in curvlib: one pass, one normalized sum, in a process
+        group one reduction.
 
         Args:
             add: Given a batch and the sum so far (``None`` for the first batch), returns the sum
                 with the batch's term added: a sum over its loss terms, times ``batch.scale``. It
                 may work in place on the sum.
+            given: What the pass multiplies, which must be the same on every rank.
 
         Returns:
             The sum, divided by ``W`` (which is 1 for ``reduction="sum"``).
 
         Raises:
             ValueError: If there is no batch, no valid loss term, or the normalization is unknown.
-            RuntimeError: If the data changed between two passes.
+            RuntimeError: If the data changed between two passes, or another rank failed.
             FloatingPointError: If the sum is not finite; names the batch and the layer.
         """
-        total: Tensor | None = None
-        weight: Tensor | float = 0.0
-        with self.untouched():
-            known = self._known_weight()
-            scale = 1.0 if known is None else 1.0 / known
-            for batch in self.batches(scale):
-                total = add(batch, total)
-                if known is None:
-                    weight = weight + batch.weight
-                if batch.index > 0 and self._misread is not None:
-                    raise ValueError(self._misread)
-            if known is None:
-                total = _some(total).div_(_positive(float(weight)))
-        total = _some(total)
+        known = self._known_weight()
+        found = self._joined_pass(add, 1.0 if known is None else 1.0 / known, given)
+        total = _some(found.total)
+        if known is None:
+            total.div_(_positive(found.weight))
         # one read: overflow of the sum alone is told apart by the second
         if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
             from curvlib.core.check import non_finite
@@ -252,11 +295,40 @@ class Risk:
             raise FloatingPointError(non_finite(self))
         return total
 
+    def _joined_pass(
+        self,
+        add: Callable[[Batch, Tensor | None], Tensor],
+        scale: float,
+        given: Tensor | None = None,
+    ) -> Shard:
+        if self.group is None:
+            return self._pass(add, scale)
+        try:
+            own = self._pass(add, scale)
+        except Exception as failure:  # noqa: BLE001 (told to the other ranks, then raised again)
+            own = Shard(None, 0.0, 0, 0, failure)
+        return joined(self.group, self, own, given)
+
+    def _pass(self, add: Callable[[Batch, Tensor | None], Tensor], scale: float) -> Shard:
+        """One pass over this rank's batches; weights are summed where the scale is not known."""
+        total: Tensor | None = None
+        weight: Tensor | float = 0.0
+        count, examples = 0, 0
+        with self.untouched():
+            for batch in self.batches(scale, shard=True):
+                count, examples = count + 1, examples + batch.examples
+                total = add(batch, total)
+                if scale == 1.0 and self.loss.reduction != "sum":
+                    weight = weight + batch.weight
+                if batch.index > 0 and self._misread is not None:
+                    raise ValueError(self._misread)
+        return Shard(total, float(weight), count, examples)
+
     def _known_weight(self) -> float | None:
-        """``W`` where it is known before the pass: sums, and data in memory."""
+        """``W`` where it is known before the pass: sums, and data in memory of one process."""
         if self.loss.reduction == "sum":
             return 1.0
-        if self.in_memory is None or not self.in_memory:
+        if self.group is not None or self.in_memory is None or not self.in_memory:
             return None
         data = (to_device(d, self.device) for d in self.in_memory)
         return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
@@ -278,23 +350,31 @@ class Risk:
                 )
         return passes.arranged(self.model, self.params, self.device, first_order=first_order)
 
-    def batches(self, scale: float = 1.0) -> Iterator[Batch]:
+    def batches(self, scale: float = 1.0, *, shard: bool = False) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
+
+        Args:
+            scale: See :class:`Batch`.
+            shard: Whether, in a process group, this rank's batches are meant; there may be none.
 
         Raises:
             ValueError: If there is none.
-            RuntimeError: If the data changed since the first pass.
+            RuntimeError: If the data changed since the first pass, or other ranks' are left out.
         """
+        if self.group is not None and not shard:
+            raise RuntimeError(
+                "this function sees only the data of one process, and the risk belongs to "
+                f"{self.group.size}; give one process all data: Risk(..., group=False)"
+            )
         count, examples = 0, 0
         for data in self._batches:
             batch = Batch(self, count, to_device(data, self.device), scale)
+            if count == 0 and self.group is not None and self._seen is None:
+                self.first_content = content_of(batch.data)
             count, examples = count + 1, examples + batch.examples
             yield batch
-        if count == 0:
-            raise ValueError(
-                "the data has no batch: the data set is empty, or drop_last=True dropped its only "
-                "batch; pass at least one batch"
-            )
+        if count == 0 and self.group is None:
+            raise ValueError(_NO_BATCH)
         if self._seen is None:
             self._seen = (count, examples)
         elif self._seen != (count, examples):
@@ -352,21 +432,6 @@ class Risk:
         self._verified.add(batch.index)
         self._misread = self._misread or misread_mean(batch, output, value)
 
-    def fingerprint(self) -> str:
-        """A digest of parameters, loss and data, as far as that can be read without a pass."""
-        held = [*self.model.parameters(), *self.model.buffers()]
-        held += [w for w in (self.loss.weight, self.loss.pos_weight) if w is not None]
-        modes = "".join("t" if m.training else "e" for m in self.model.modules())
-        parts = [digest(held), modes, *self.space.names, self.loss.describe()]
-        if self.in_memory is not None:
-            parts.append(digest([t for batch in self.in_memory for t in tensors(batch)]))
-        else:
-            parts.append(type(self.data).__name__)
-            count = batch_count(self.data)
-            parts.append("" if count is None else str(count))
-            parts.append(digest(held_tensors(self.data)))
-        return "|".join(parts)
-
     def __repr__(self) -> str:
         return (
             f"Risk({type(self.model).__name__}, {self.loss.describe()}, {self.space.size} "
@@ -388,9 +453,15 @@ class Risk:
             )
 
 
+_NO_BATCH = (
+    "the data has no batch: the data set is empty, or drop_last=True dropped its only "
+    "batch; pass at least one batch"
+)
+
+
 def _some(total: Tensor | None) -> Tensor:
-    if total is None:  # Risk.batches raises before
-        raise ValueError("the data has no batch")
+    if total is None:  # on no rank
+        raise ValueError(_NO_BATCH)
     return total
 
 

@@ -18,13 +18,21 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 
-from curvlib.core.files import read_record, remove_leftovers, require_writable, write_record
+from curvlib.core.files import (
+    read_record,
+    remove_leftovers,
+    require_writable,
+    shared_record,
+    write_record,
+)
+from curvlib.core.group import Group
 
 S = TypeVar("S")
 
@@ -51,6 +59,7 @@ def run(
     device: torch.device | str = "cpu",
     save_every: float = 30.0,
     progress: Progress = None,
+    group: Group | None = None,
 ) -> S:
     """Steps from ``init()``, or from a checkpoint, until ``done``.
 
@@ -72,6 +81,8 @@ def run(
         device: Where the state's tensors live that are not on the CPU.
         save_every: Seconds between saves; 0 saves after every step.
         progress: Whether to show a bar, or a function to call instead: see :data:`Progress`.
+        group: The processes that make the same steps together, all with the same state. The first
+            one shows progress, reads and writes; a Ctrl-C on one stops all after the same step.
 
     Returns:
         The last state.
@@ -99,10 +110,14 @@ def run(
     saver = None
     state = None
     if checkpoint is not None:
-        saver = _Saver(Path(checkpoint), title, problem(), dict(settings or {}), save_every)
-        state = saver.load(state_type, device)
+        identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
+        with _together(group, "opening its checkpoint"):
+            saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group))
+        state = saver.load(state_type, device, group)
     if state is None:
         state = init()
+    if not _is_first(group):
+        progress = False
     with _Bar(title, progress, report(state)) as bar, _Interrupts(saver is not None) as interrupts:
         while not done(state):
             try:
@@ -114,9 +129,12 @@ def run(
             bar.update(report(state))
             if saver is not None:
                 saver.changed = True
-                if interrupts.count or saver.due():
+                stopped = interrupts.count
+                if group is not None:
+                    stopped = int(group.most([float(stopped)])[0])
+                if stopped or saver.due():
                     saver.save(state)
-                if interrupts.count:
+                if stopped:
                     raise KeyboardInterrupt(
                         f"stopped; the same call with checkpoint={str(saver.path)!r} continues "
                         "from the last save"
@@ -126,27 +144,41 @@ def run(
     return state
 
 
+def _is_first(group: Group | None) -> bool:
+    return group is None or group.first
+
+
+def _together(group: Group | None, what: str) -> AbstractContextManager[None]:
+    return nullcontext() if group is None else group.together(what)
+
+
 class _Saver:
     """Where, when and under what identity a run's state is saved."""
 
-    def __init__(
-        self, path: Path, kind: str, problem: str, settings: dict[str, Any], every: float
-    ) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], every: float, writes: bool) -> None:
         if not every >= 0:
             raise ValueError(f"save_every= is a number of seconds, at least 0, got {every}")
-        require_writable(path)
-        remove_leftovers(path)
+        if writes:
+            require_writable(path)
+            remove_leftovers(path)
         self.path = path
-        self.identity: dict[str, Any] = {"kind": kind, "problem": problem, "settings": settings}
+        self.identity = identity
         self.every = every
+        self.writes = writes
         self.changed = False
         self._last = time.monotonic()
         self._cost = 0.0
 
-    def load(self, state_type: type[S], device: torch.device | str) -> S | None:
-        if not self.path.exists():
+    def load(
+        self, state_type: type[S], device: torch.device | str, group: Group | None
+    ) -> S | None:
+        if group is None:
+            found = read_record(self.path, device) if self.path.exists() else None
+        else:
+            found = shared_record(self.path, device, group)
+        if found is None:
             return None
-        kind, content = read_record(self.path, device)
+        kind, content = found
         where = f"the checkpoint {str(self.path)!r}"
         way_out = "pass another path, or delete the file if it is not needed"
         if kind != "checkpoint":
@@ -185,7 +217,7 @@ class _Saver:
         return self.every == 0 or waited >= max(self.every, self._cost / SAVE_SHARE)
 
     def save(self, state: Any) -> None:
-        if not self.changed:
+        if not self.changed or not self.writes:
             return
         start = time.monotonic()
         content = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

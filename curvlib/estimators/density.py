@@ -293,6 +293,7 @@ def density(
         device=op.device,
         save_every=save_every,
         progress=progress,
+        group=op.group,
     )
     kept = {"points": points, "width": width, **settings}
     return _finish(op, state, outliers, kept, near_zero)

@@ -251,6 +251,7 @@ def eigenpairs(
         device=op.device,
         save_every=save_every,
         progress=progress,
+        group=op.group,
     )
     return _finish(plan, state, settings)
 

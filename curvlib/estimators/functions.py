@@ -324,6 +324,7 @@ def _trace(
         device=op.device,
         save_every=save_every,
         progress=progress,
+        group=op.group,
     )
     return _finish(plan, state, settings)
 

@@ -41,6 +41,7 @@ class Inverse(LinearOperator):
             space=op.space,
             name=f"({op.name})^-1" if damping == 0.0 else f"({op.name} + {damping:g} I)^-1",
             identity=lambda: f"{op.fingerprint()}{damping!r}{method}{kept}{digest()}",
+            group=op.group,
         )
 
     def solve(self, x: Tensor, damping: float = 0.0) -> Tensor:

@@ -206,6 +206,7 @@ def low_rank(
         "device": op.device,
         "save_every": save_every,
         "progress": progress,
+        "group": op.group,
     }
     if tolerance is not None:
         budget = _budget(tolerance, max_products, probes, power)

@@ -284,6 +284,7 @@ def cosine_similarity(
         device=a.device,
         save_every=save_every,
         progress=progress,
+        group=a.group or b.group,
     )
     count = state.moments.shape[1]
     for name, norm in ((a.name, state.moments[1].sum()), (b.name, state.moments[2].sum())):

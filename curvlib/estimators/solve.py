@@ -199,6 +199,7 @@ def solve(
         device=op.device,
         save_every=save_every,
         progress=progress,
+        group=op.group,
     )
     _warn(problem, state)
     value = (state.x * norms[:, None]).mT

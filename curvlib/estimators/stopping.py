@@ -131,6 +131,7 @@ class Plan:
             device=self.op.device,
             save_every=self.save_every,
             progress=self.progress,
+            group=self.op.group,
         )
 
 

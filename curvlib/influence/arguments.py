@@ -9,7 +9,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+_UNITS = ("inner_product", "nats")
+_NORMALIZE = (None, "self", "gradient")
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def require_unit(unit: str, curvature: Any) -> None:
+    """Raises ValueError if there is no such unit of scores with a curvature."""
+    if unit not in _UNITS:
+        raise ValueError(f"unit= is one of {', '.join(map(repr, _UNITS))}, got {unit!r}")
+    if unit == "nats" and isinstance(curvature, str) and curvature == "identity":
+        raise ValueError(
+            "unit='nats' predicts what removing an example does, for which curvature is "
+            "needed; use curvature='ekfac', or unit='inner_product'"
+        )
+
+
+def require_normalization(normalize: str | None, unit: str) -> None:
+    """Raises ValueError if scores in a unit cannot be normalized so."""
+    if normalize not in _NORMALIZE:
+        names = ", ".join(map(repr, _NORMALIZE))
+        raise ValueError(f"normalize= is one of {names}, got {normalize!r}")
+    if normalize is not None and unit == "nats":
+        raise ValueError("normalized scores are not in nats; use unit='inner_product'")
 
 
 def require_order(data: Any) -> None:

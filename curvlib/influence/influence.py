@@ -30,7 +30,13 @@ from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
 from curvlib.core.space import ParamSelection
-from curvlib.influence.arguments import numbers, opponents, require_enough
+from curvlib.influence.arguments import (
+    numbers,
+    opponents,
+    require_enough,
+    require_normalization,
+    require_unit,
+)
 from curvlib.influence.directions import Directions, direction_parts
 from curvlib.influence.kept import kept, top_influence
 from curvlib.influence.preconditioner import preconditioner, required_damping
@@ -40,9 +46,6 @@ from curvlib.influence.scan import Scan, ScanState, inverse
 from curvlib.influence.self_scores import self_products
 from curvlib.operators.example_scores import example_scores
 from curvlib.operators.known_examples import known_examples
-
-_UNITS = ("inner_product", "nats")
-_NORMALIZE = (None, "self", "gradient")
 
 
 class Influence:
@@ -160,13 +163,7 @@ class Influence:
         fit: Mapping[str, Any] | None,
         progress: Progress,
     ) -> None:
-        if unit not in _UNITS:
-            raise ValueError(f"unit= is one of {', '.join(map(repr, _UNITS))}, got {unit!r}")
-        if unit == "nats" and curvature == "identity":
-            raise ValueError(
-                "unit='nats' predicts what removing an example does, for which curvature is "
-                "needed; use curvature='ekfac', or unit='inner_product'"
-            )
+        require_unit(unit, curvature)
         self.risk, self.preconditioner = preconditioner(
             risk, curvature, damping, relative=relative, fit=fit or {}, progress=progress
         )
@@ -375,11 +372,7 @@ class Influence:
         normalize: str | None,
         chosen: Tensor | None = None,
     ) -> Scan:
-        if normalize not in _NORMALIZE:
-            names = ", ".join(map(repr, _NORMALIZE))
-            raise ValueError(f"normalize= is one of {names}, got {normalize!r}")
-        if normalize is not None and self.unit == "nats":
-            raise ValueError("normalized scores are not in nats; use unit='inner_product'")
+        require_normalization(normalize, self.unit)
         scales = None
         if normalize == "self":
             scales = inverse(self.self_scores(risk).scores.clamp(min=0.0).sqrt())

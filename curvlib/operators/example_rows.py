@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvlib.core.risk import Risk
 from curvlib.operators.score_blocks import ScoreBlock, score_blocks
-from curvlib.operators.score_passes import GradientPasses
+from curvlib.operators.score_passes import GradientPass, GradientPasses
 from curvlib.operators.score_rows import Term, matrices, terms
 
 
@@ -76,28 +76,15 @@ def example_rows(risk: Risk, *, block: int = 64) -> Iterator[list[ExampleRows]]:
         (torch.Size([1, 3, 1, 8]), torch.Size([1, 3, 1, 9]))
     """
     blocks = score_blocks(risk)
-    passes = GradientPasses(risk, blocks)
-    batches = risk.batches()
-    while True:
-        with risk.untouched(first_order=True):
-            batch = next(batches, None)
-            if batch is None:
-                return
-            stream = passes.of(batch)
-        while True:
-            with risk.untouched(first_order=True):
-                found = next(stream, None)
-                if found is None:
-                    break
-                found.require_finite()
-            for start in range(0, found.examples, block):
-                with risk.untouched(first_order=True):
-                    at = slice(start, min(start + block, found.examples))
-                    out = []
-                    for own in blocks:
-                        parts = list(terms(own, found, at, risk.space.dtype))
-                        out.append(_rows(own, parts, at.stop - at.start, risk))
-                yield out
+
+    def rows(found: GradientPass, at: slice) -> list[ExampleRows]:
+        if at.start == 0:
+            found.require_finite()
+        count = at.stop - at.start
+        parts = [list(terms(own, found, at, risk.space.dtype)) for own in blocks]
+        return [_rows(own, part, count, risk) for own, part in zip(blocks, parts, strict=True)]
+
+    return GradientPasses(risk, blocks).slices(block, rows)
 
 
 def _rows(block: ScoreBlock, own: Sequence[Term], n: int, risk: Risk) -> ExampleRows:

@@ -156,23 +156,7 @@ def example_gradients_by_layers(risk: Risk, *, block: int = 64) -> Iterator[Tens
     """
     blocks = score_blocks(risk)
     passes = GradientPasses(risk, blocks)
-    batches = risk.batches()
-    while True:
-        with risk.untouched(first_order=True):
-            batch = next(batches, None)
-            if batch is None:
-                return
-            stream = passes.of(batch)
-        while True:
-            with risk.untouched(first_order=True):
-                found = next(stream, None)
-            if found is None:
-                break
-            for start in range(0, found.examples, block):
-                with risk.untouched(first_order=True):
-                    at = slice(start, min(start + block, found.examples))
-                    rows = _rows(risk, blocks, found, at)
-                yield rows
+    return passes.slices(block, lambda found, at: _rows(risk, blocks, found, at))
 
 
 def _rows(risk: Risk, blocks: list[ScoreBlock], found: GradientPass, at: slice) -> Tensor:

@@ -89,6 +89,7 @@ def gauss_newton(
         name=name,
         identity=lambda: f"{risk.fingerprint()}|{identity}",
         restrict=lambda names: rebuild(risk.part(names)),
+        group=risk.group,
     )
 
 
@@ -110,7 +111,7 @@ class _Product:
 
     def __call__(self, columns: Tensor) -> Tensor:
         self.cache.begin()
-        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns))
+        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _build(self, batch: Batch) -> OutputGraph:
         if not self.reverse:

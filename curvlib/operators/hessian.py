@@ -84,6 +84,7 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         identity=risk.fingerprint,
         restrict=lambda names: hessian(risk.part(names), method=method, memory=memory),
         differentiable=differentiable,
+        group=risk.group,
     )
 
 
@@ -132,7 +133,7 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
             space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
         return out
 
-    return risk.accumulate(add)
+    return risk.accumulate(add, columns)
 
 
 def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:
         return product if total is None else total + product
 
     with PrimitiveNorms():  # the third derivatives of the native ones are wrong
-        return risk.accumulate(add)
+        return risk.accumulate(add, columns)
 
 
 def _difference(risk: Risk, columns: Tensor) -> Tensor:
@@ -168,4 +169,4 @@ def _difference(risk: Risk, columns: Tensor) -> Tensor:
             out[:, k].add_(central_difference(batch, columns[:, k]), alpha=batch.scale)
         return out
 
-    return risk.accumulate(add)
+    return risk.accumulate(add, columns)

@@ -8,7 +8,7 @@ same in most batches, and the sum of :math:`g` is zero where training has conver
 .. math:: v = \frac{1}{\sqrt T} \sum_t z_t a_t, \qquad E \, v v^\top = \frac1T \sum_t a_t a_t^\top,
 
 so :math:`v v^\top` is an unbiased estimate of the second moment, of the same rank. Signs are those
-of an example's content (see :mod:`curvlib.operators.content_numbers`), so that micro-batches and
+of an example's content (see :mod:`curvlib.core.content_numbers`), so that micro-batches and
 ranks add up to what one large batch would give.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlib.core.content_numbers import content_uniform
 from curvlib.operators import layer_rows
-from curvlib.operators.content_numbers import content_uniform
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.layer_uses import Use
 from curvlib.operators.recorded import Recorded

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from curvlib.core.content_numbers import content_uniform
 from curvlib.core.loss import Loss
-from curvlib.operators.content_numbers import content_uniform
 from curvlib.operators.labels import label_scores
 from curvlib.operators.loss_hessian import class_axis
 

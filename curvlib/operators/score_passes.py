@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass, Watcher, with_last
 from curvlib.operators.score_blocks import ScoreBlock
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,32 @@ class GradientPasses:
                 yield GradientPass(one, outputs, self._whole(blocks, one, direction))
             one.require_unchanged()
             self._forget_counts()
+
+    def slices(self, block: int, make: Callable[[GradientPass, slice], T]) -> Iterator[T]:
+        """What a function makes of at most ``block`` examples at a time, over all data, in order.
+
+        The model is as it was whenever the caller has control.
+
+        Args:
+            block: Examples at a time.
+            make: Function of a pass and of the place of examples in it.
+        """
+        batches = self.risk.batches()
+        while True:
+            with self.risk.untouched(first_order=True):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                stream = self.of(batch)
+            while True:
+                with self.risk.untouched(first_order=True):
+                    found = next(stream, None)
+                if found is None:
+                    break
+                for start in range(0, found.examples, block):
+                    with self.risk.untouched(first_order=True):
+                        made = make(found, slice(start, min(start + block, found.examples)))
+                    yield made
 
     def _forget_counts(self) -> None:
         watcher = self._watcher

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.operators.live_loss import gradient_and_products
 from curvlib.optim import arguments
-from curvlib.optim.draws import signs
 from curvlib.optim.gradients import finite
+from curvlib.optim.probed import probed_products
 from curvlib.optim.rules.adahessian import (
     ESTIMANDS,
     Moments,
@@ -136,17 +135,8 @@ class AdaHessian(CurvatureOptimizer):
 
     def _observe(self, loss: Tensor, scale: float) -> list[Tensor | None]:
         members = self.trainable()
-        vectors = [
-            [signs(p, self.seed, self.clock.curvature_updates, k, i) for i, p, _ in members]
-            for k in range(self.probes)
-        ]
-        gradients, products = gradient_and_products(
-            loss,
-            [p for _, p, _ in members],
-            vectors,
-            keep_graph=self.keep_graph,
-            verify=not self._verified,
-            scale=scale,
+        vectors, gradients, products = probed_products(
+            self, loss, scale, self.probes, verify=not self._verified
         )
         self._verified = True
         replicas = self.replicas
@@ -160,7 +150,7 @@ class AdaHessian(CurvatureOptimizer):
                 if self.estimand == "diagonal":  # linear, so that one sum is enough
                     part = block_means(part * vectors[k][n], group["block_size"]) / self.probes
                     name = f"{i}"
-                self.pending[name] = self.pending[name] + part if name in self.pending else part
+                self._add(name, part)
         return gradients
 
     def _update(self, gradients: Gradients) -> bool:

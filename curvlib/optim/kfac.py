@@ -26,7 +26,7 @@ from curvlib.optim.gradients import finite
 from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_curvature import LayerCurvature, advanced
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
-from curvlib.optim.layer_watch import LayerWatch
+from curvlib.optim.layer_watch import LayerWatch, none_seen
 from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
 from curvlib.optim.persistence import restored
 from curvlib.optim.rules.kfac import kl_scale
@@ -274,11 +274,7 @@ class KFAC(CurvatureOptimizer):
         self._scale = scale
 
     def _missing(self) -> None:
-        raise RuntimeError(
-            "KFAC has no curvature yet: no layer of the model that it was given was called with "
-            "gradients since; call that model (or its layers), not a copy, not compiled, "
-            "and checkpointed with use_reentrant=False if at all"
-        )
+        raise none_seen("KFAC")
 
     def _prepare(self) -> None:
         self._scale = 1.0

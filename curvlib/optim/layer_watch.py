@@ -135,3 +135,12 @@ class LayerWatch:
 
 def _same(params: Sequence[Tensor], others: Any) -> bool:
     return {*map(id, params)} == {*map(id, others)}
+
+
+def none_seen(method: str) -> RuntimeError:
+    """The error of a method whose recorder has met no layer when a step is due."""
+    return RuntimeError(
+        f"{method} has no curvature yet: no layer of the model that it was given was called with "
+        "gradients since; call that model (or its layers), not a copy, not compiled, "
+        "and checkpointed with use_reentrant=False if at all"
+    )

@@ -43,7 +43,7 @@ from curvlib.optim.layer_inverses import (
     cost_of_steps,
     directions,
 )
-from curvlib.optim.layer_watch import LayerWatch
+from curvlib.optim.layer_watch import LayerWatch, none_seen
 from curvlib.optim.persistence import restored
 from curvlib.optim.rules.hybrid import HybridState, Trials
 from curvlib.optim.rules.hybrid import update as judged
@@ -214,11 +214,7 @@ class MKOR(CurvatureOptimizer):
             signs = Signs(self.vectors, seed) if self.signed else None
             sums = row_sums(layer, found, self.recorder.dtype, signs=signs, scale=self._scale)
             for key, part in sums.items():
-                self._add_pending(f"{name}|{key}", part)
-
-    def _add_pending(self, name: str, part: Tensor) -> None:
-        known = self.pending.get(name)
-        self.pending[name] = part if known is None else known + part
+                self._add(f"{name}|{key}", part)
 
     def _watching(self) -> LayerWatch:
         unfit = partial(_unfit, max_side=self.max_side)
@@ -246,11 +242,7 @@ class MKOR(CurvatureOptimizer):
         self._scale = scale
 
     def _missing(self) -> None:
-        raise RuntimeError(
-            "MKOR has no curvature yet: no layer of the model that it was given was called with "
-            "gradients since; call that model (or its layers), not a copy, not compiled, "
-            "and checkpointed with use_reentrant=False if at all"
-        )
+        raise none_seen("MKOR")
 
     def _collect(self) -> None:
         self._watch.hand_over()
@@ -268,7 +260,7 @@ class MKOR(CurvatureOptimizer):
     def _saw(self, loss: Tensor, scale: float) -> None:
         if self.hybrid is not None and self.switched_at is None:
             sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
-            self._add_pending("loss", loss.detach().double() * sign / (scale * self.replicas))
+            self._add("loss", loss.detach().double() * sign / (scale * self.replicas))
 
     # --------------------------------------------------------------------------- update
     def _update(self, gradients: Gradients) -> bool:

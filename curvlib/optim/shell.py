@@ -29,6 +29,7 @@ scale)`` for the value of each loss; and for methods that watch the user's own p
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -58,7 +59,7 @@ from curvlib.optim.replicas import average_gradients, size_of, sum_over_ranks
 Gradients = list[list[Tensor | None]]
 
 
-class CurvatureOptimizer(Optimizer):
+class CurvatureOptimizer(Optimizer, ABC):
     """What all optimizers of curvlib do alike: see their classes.
 
     Args:
@@ -119,12 +120,18 @@ class CurvatureOptimizer(Optimizer):
         return False
 
     def _observe(self, loss: Tensor, scale: float) -> list[Tensor | None] | None:
-        """Adds curvature of a loss to ``self.pending``; the gradients, if they came with it."""
-        raise NotImplementedError
+        """Adds curvature of a loss to ``self.pending``; the gradients, if they came with it.
 
+        Methods that are never due have none.
+        """
+
+    @abstractmethod
     def _update(self, gradients: Gradients) -> bool | None:
         """The step; ``False`` if nothing changed since a result was not finite."""
-        raise NotImplementedError
+
+    def _add(self, name: str, part: Tensor) -> None:
+        """Adds a part of the pending curvature."""
+        self.pending[name] = self.pending[name] + part if name in self.pending else part
 
     def _extra_state(self) -> dict[str, Any]:
         """What the method keeps besides the state of parameters: plain values and tensors."""
@@ -194,7 +201,7 @@ class CurvatureOptimizer(Optimizer):
             self._check(self.param_groups[-1])
             if self._built:
                 self._prepare()
-        except Exception:
+        except Exception:  # whatever it is, the group is not added
             self.param_groups.pop()
             self.clock = before
             raise
@@ -371,7 +378,7 @@ class CurvatureOptimizer(Optimizer):
                 if i in state_dict["state"]:
                     self.state[p] = restored(state_dict["state"][i], p.device)
             self._load_extra_state(own["extra"])
-        except Exception:
+        except Exception:  # whatever it is, the state stays as it was
             self.state, self.param_groups = before
             raise
         self.clock = Clock(**own["clock"])

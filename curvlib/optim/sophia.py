@@ -27,10 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvlib.operators.live_fisher import sampled_root
-from curvlib.operators.live_loss import gradient_and_products
 from curvlib.optim import arguments
-from curvlib.optim.draws import signs
 from curvlib.optim.gradients import finite
+from curvlib.optim.probed import probed_products
 from curvlib.optim.rules.sophia import SophiaState, SophiaStep, init, update
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
 from curvlib.optim.target_draws import TargetDraws
@@ -144,17 +143,8 @@ class Sophia(CurvatureOptimizer):
 
     def _hutchinson(self, loss: Tensor, scale: float) -> list[Tensor | None]:
         members = self.trainable()
-        vectors = [
-            [signs(p, self.seed, self.clock.curvature_updates, k, i) for i, p, _ in members]
-            for k in range(self.probes)
-        ]
-        gradients, products = gradient_and_products(
-            loss,
-            [p for _, p, _ in members],
-            vectors,
-            keep_graph=self.keep_graph,
-            verify=not self._verified,
-            scale=scale,
+        vectors, gradients, products = probed_products(
+            self, loss, scale, self.probes, verify=not self._verified
         )
         self._verified = True
         for n, (i, p, group) in enumerate(members):
@@ -178,9 +168,6 @@ class Sophia(CurvatureOptimizer):
             for (i, p, _), part in zip(members, parts, strict=True):
                 root = torch.zeros_like(p) if part is None else part
                 self._add(f"{i}.{k}", root / math.sqrt(self.replicas))
-
-    def _add(self, name: str, part: Tensor) -> None:
-        self.pending[name] = self.pending[name] + part if name in self.pending else part
 
     def _estimate(self, number: int) -> Tensor | None:
         """The diagonal's estimate for a parameter, if this step has one."""

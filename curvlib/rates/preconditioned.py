@@ -149,6 +149,7 @@ def preconditioned(
         space=op.space,
         name=f"preconditioned {op.name}",
         identity=lambda: f"{op.fingerprint()}|{root.fingerprint()}",
+        group=op.group,
     )
 
 

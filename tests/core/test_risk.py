@@ -180,6 +180,9 @@ def test_fingerprints_see_parameters_loss_and_data() -> None:
         ),
     ]
     assert len({first, *(r.fingerprint() for r in others)}) == 8
+    paired = cl.Risk(model, CE, (x.flip(0), y))  # the same inputs and targets, paired otherwise
+    assert paired.fingerprint() != first
+    assert cl.Risk(model, CE, [(x[:2], y[:2]), (x[2:], y[2:])]).fingerprint() == first
 
 
 def test_fingerprints_see_what_a_loader_holds() -> None:
@@ -208,12 +211,13 @@ def test_fingerprints_see_what_a_loader_holds() -> None:
         loader(Subset(whole, range(count - 1))),
         loader(Subset(whole, range(1, count))),
         loader(Subset(Tensors(x + 1.0, y), range(1, count))),
-        loader([(x[i], y[i]) for i in range(count)]),
-        loader([(x[i] + 1.0, y[i]) for i in range(count)]),
+        loader([(x[i] + 2.0, y[i]) for i in range(count)]),
+        loader([(x[i], y[i]) for i in reversed(range(count - 2))]),
         loader(Stream()),
     ]
     assert len({prints(data) for data in different}) == len(different)
     assert prints(loader(Tensors(x.clone(), y))) == prints(different[0])
+    assert prints(loader([(x[i], y[i]) for i in range(count)])) == prints(different[0])
 
 
 def test_fingerprints_see_what_is_not_selected() -> None:

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import curvlib as cl
+from curvlib.core.content_numbers import content_uniform
 from curvlib.core.loss import read_loss
-from curvlib.operators.content_numbers import content_uniform
 from curvlib.operators.kfac_factors import factors
 from curvlib.operators.kfac_sums import Sums, add_gradients, add_inputs, factor_sums
 from curvlib.operators.layer_recorder import LayerRecorder

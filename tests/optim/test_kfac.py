@@ -727,6 +727,8 @@ def test_layers_without_any_basis_have_the_inner_step(monkeypatch: pytest.Monkey
 
 def test_factors_that_overflow_skip_the_step() -> None:
     model = nn.Linear(2, 1)
+    nn.init.constant_(model.weight, 0.6)
+    nn.init.constant_(model.bias, 0.6)
     x, y = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 1)
     opt = KFAC(model, **PLAIN)
     before = flat(model)

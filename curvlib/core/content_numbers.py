@@ -45,7 +45,7 @@ def content_uniform(content: Any, examples: int, seed: str, shape: torch.Size) -
     each = math.prod(shape) // len(keys)
     start = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big", signed=True)
     counter = torch.arange(1, each + 1, device=keys.device) * _GOLDEN
-    bits = _mixed(_mixed(keys + start)[:, None] + counter)
+    bits = mixed(mixed(keys + start)[:, None] + counter)
     return ((_shifted(bits, 12).double() + 0.5) * 2.0**-52).reshape(shape)
 
 
@@ -57,14 +57,15 @@ def content_keys(content: Any, examples: int) -> Tensor:
             rows = tensor.detach().contiguous()
             rows = rows.view(_INTEGERS[rows.element_size()]).reshape(examples, -1)
             places = torch.arange(1, rows.shape[1] + 1, device=rows.device) * _GOLDEN
-            own = (rows.to(torch.int64) * (_mixed(places) | 1)).sum(1)
-            keys = own if keys is None else _mixed(keys) + own
+            own = (rows.to(torch.int64) * (mixed(places) | 1)).sum(1)
+            keys = own if keys is None else mixed(keys) + own
     if keys is None:
         return torch.zeros(examples, dtype=torch.int64)
     return keys
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
+    """64 bits mixed up, int64 to int64, one to one: sums of them tell sets apart."""
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND
     return x ^ _shifted(x, 31)

@@ -1,0 +1,172 @@
+"""Data-parallel products, windows and fits: time on one and two processes, and traffic.
+
+    python benchmarks/scaling.py [--rounds 9] [--problems mlp conv gpt] [--columns 1 8]
+
+Two processes of one thread each (gloo), on the same machine. ``speedup`` is how many times more
+products a second both make than one of them alone with all data, in interleaved rounds (the other
+waits); ``reduction`` the share of a product's time that the first rank spends in exchanges with the
+other, waiting included; ``bytes`` what a rank hands to collectives in one product, ``formula`` what
+:mod:`curvlib.core.joined` says. The batch of each problem is cut in two.
+
+The last rows are the traffic of a sliding M-FAC window's step and of an EK-FAC fit against theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import common
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+HEADER = 19
+
+
+@dataclass
+class Traffic:
+    """What a rank hands to collectives, and how long it is in them."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts what goes through ``torch.distributed`` meanwhile."""
+    found = Traffic()
+
+    def counted(name: str, own: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.bytes += args[at].numel() * args[at].element_size()
+            found.calls[name] = found.calls.get(name, 0) + 1
+            start = time.perf_counter()
+            try:
+                return own(*args, **kwargs)
+            finally:
+                found.seconds += time.perf_counter() - start
+
+        return call
+
+    places = {"all_reduce": 0, "broadcast": 0, "all_gather": 1}
+    before = {name: getattr(dist, name) for name in places}
+    for name, at in places.items():
+        setattr(dist, name, counted(name, before[name], at))
+    try:
+        yield found
+    finally:
+        for name, own in before.items():
+            setattr(dist, name, own)
+
+
+def _operators(problem: common.Problem, kind: str, rank: int, size: int) -> tuple[Any, Any]:
+    """The operator of this rank's part, and that of one process with everything."""
+    import curvlib as cl
+
+    make = {"hessian": cl.hessian, "ggn": cl.ggn}[kind]
+    loss = nn.CrossEntropyLoss()
+    tokens = len(problem.y) // len(problem.x)  # targets of language models are flat
+    count = len(problem.x)
+    own = slice(rank * count // size, (rank + 1) * count // size)
+    part = (problem.x[own], problem.y[own.start * tokens : own.stop * tokens])
+    shared = make(cl.Risk(problem.model, loss, [part]))
+    alone = make(cl.Risk(problem.model, loss, [(problem.x, problem.y)], group=False))
+    return shared, alone
+
+
+def products(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for name in args.problems:
+        problem = common.problem(name)
+        for kind in ("hessian", "ggn"):
+            shared, alone = _operators(problem, kind, rank, size)
+            for columns in args.columns:
+                V = common.vectors(problem.size, columns)
+                gap = common.error(shared @ V, (alone @ V).double())
+                seconds: dict[str, list[float]] = {"alone": [], "shared": [], "exchange": []}
+                for _ in range(args.rounds):
+                    dist.barrier()
+                    if rank == 0:
+                        start = time.perf_counter()
+                        alone @ V
+                        seconds["alone"].append(time.perf_counter() - start)
+                    dist.barrier()
+                    with traffic() as seen:
+                        start = time.perf_counter()
+                        shared @ V
+                        seconds["shared"].append(time.perf_counter() - start)
+                    seconds["exchange"].append(seen.seconds)
+                middle = {key: statistics.median(v) for key, v in seconds.items() if v}
+                if rank == 0:
+                    row = {
+                        "problem": name,
+                        "operator": kind,
+                        "K": columns,
+                        "products_per_second_1": columns / middle["alone"],
+                        "products_per_second_2": columns / middle["shared"],
+                        "speedup": middle["alone"] / middle["shared"],
+                        "reduction": middle["exchange"] / middle["shared"],
+                        "bytes": seen.bytes,
+                        "formula": 4 * problem.size * columns + 8 * HEADER,
+                        "difference": gap,
+                    }
+                    print(
+                        f"{name:7}{kind:9}K={columns:<3} {row['speedup']:5.2f} times faster on 2, "
+                        f"{100 * row['reduction']:4.1f} % in exchanges, {row['bytes']} bytes "
+                        f"(formula {row['formula']}), differs by {gap:.1e}",
+                        flush=True,
+                    )
+                    rows.append(row)
+    return rows
+
+
+PARTS: dict[str, Callable[[int, int, argparse.Namespace], list[dict[str, Any]]]] = {
+    "products": products,
+}
+
+
+def work(rank: int, size: int, meeting: str, args: argparse.Namespace, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    for part in args.parts:
+        rows = PARTS[part](rank, size, args)
+        if rank == 0:
+            results.put(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--problems", nargs="+", default=["mlp", "conv", "gpt"])
+    parser.add_argument("--columns", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (2, f"{folder}/meeting", args, results)
+        processes = [context.Process(target=work, args=(r, *settings)) for r in range(2)]
+        for process in processes:
+            process.start()
+        rows = [row for _ in args.parts for row in results.get()]
+        for process in processes:
+            process.join()
+    print("wrote", common.save("scaling", rows, vars(args)))
+
+
+if __name__ == "__main__":
+    main()

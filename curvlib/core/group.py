@@ -1,0 +1,245 @@
+r"""Processes that work on one risk together: a thin layer over ``torch.distributed``.
+
+With :math:`R` ranks, each holding a shard of the data, every pass over the data ends with
+
+=============  ============================  ==========================================
+what           bytes a rank sends            why
+=============  ============================  ==========================================
+a header       :math:`8 n R`, n = 19         weights, failures, and whether ranks agree
+the sum        :math:`2 S (R - 1) / R`       the sum itself, :math:`S` bytes, once
+=============  ============================  ==========================================
+
+(for the ring algorithm of an all-reduce). A collective call returns the same bits on every rank, so
+that whatever ranks derive from it they derive alike. A rank that fails says so in its header, and
+all ranks raise; one that has died or hangs ends the others when PyTorch notices: at once where the
+connection closes, else after the group's timeout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: Which processes work together: ``None`` for the default group where one is initialized,
+#: ``True`` for the same, required; ``False`` for this process alone; or a group.
+GroupChoice = Any
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks of ``torch.distributed``, at least two.
+
+    Attributes:
+        process_group: PyTorch's group.
+        rank: This process among them.
+        size: ``R``, how many there are.
+        device: Where small tensors live that are sent: the CPU if the backend takes it.
+    """
+
+    process_group: dist.ProcessGroup
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    # --------------------------------------------------------------- collectives
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place; the same bits on each.
+
+        Args:
+            tensor: Of the same shape and type on each rank, in any dense layout.
+
+        Raises:
+            RuntimeError: If another rank has ended or does not answer.
+        """
+        strides = tensor.stride()
+        axes = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
+        flat = tensor.permute(axes)
+        sent = flat if flat.is_contiguous() else tensor.contiguous()
+        with self._answered("a sum over ranks"):
+            dist.all_reduce(sent, group=self.process_group)
+        return tensor if sent is flat else tensor.copy_(sent)
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each number over ranks."""
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self._answered("a comparison of ranks"):
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.process_group)
+        return [float(v) for v in numbers.tolist()]
+
+    def numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """As many numbers of each rank, in the order of ranks."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        with self._answered("an exchange of headers"):
+            dist.all_gather(every, own, group=self.process_group)
+        rows: list[list[float]] = torch.stack(every).tolist()
+        return rows
+
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """Each rank's tensor ``[n_r, ...]``, on every rank, in the order of ranks.
+
+        Args:
+            tensor: Of the same type and trailing shape on each rank; ``n_r`` may differ and be 0.
+        """
+        counts = [int(n) for (n,) in self.numbers([len(tensor)])]
+        most = max(counts)
+        if most == 0:
+            return [tensor] * self.size
+        padded = tensor.new_zeros((most, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        every = [torch.empty_like(padded) for _ in counts]
+        with self._answered("a gathering of rows"):
+            dist.all_gather(every, padded, group=self.process_group)
+        return [part[:n] for part, n in zip(every, counts, strict=True)]
+
+    def texts(self, text: str) -> list[str]:
+        """A text of each rank, in the order of ranks."""
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        return [bytes(part.tolist()).decode() for part in self.rows(own)]
+
+    def values(self, value: Any) -> list[Any]:
+        """A value of each rank that JSON can hold."""
+        return [json.loads(text) for text in self.texts(json.dumps(value))]
+
+    def from_first(self, tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
+        """The first rank's tensor, on every rank.
+
+        Args:
+            tensor: On the first rank, the tensor.
+            like: A tensor of its shape and type, where the other ranks have one to be filled;
+                without, bytes (uint8) of any number are sent.
+        """
+        if like is None:
+            count = int(self.most([0.0 if tensor is None else float(tensor.numel())])[0])
+            like = torch.empty(count, dtype=torch.uint8, device=self.device)
+        if self.first and tensor is not None:
+            like.copy_(tensor)
+        with self._answered("a broadcast"):
+            dist.broadcast(
+                like, src=dist.get_global_rank(self.process_group, 0), group=self.process_group
+            )
+        return like
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        self.most([0.0])
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A block that may fail on some ranks: afterwards, all of them raise.
+
+        The ranks where it failed raise their own error, the others a RuntimeError that quotes it.
+        The block itself must not communicate.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (told to the others, then raised again)
+            failure = error
+        self.require_success(failure, what)
+
+    def require_success(self, failure: Exception | None, what: str) -> None:
+        """Raises on every rank if there was a failure on any: see :meth:`together`."""
+        if self.most([float(failure is not None)])[0]:
+            self.raise_failure(failure, what)
+
+    def raise_failure(self, failure: Exception | None, what: str) -> None:
+        """Raises everywhere, once all ranks know that at least one has failed."""
+        texts = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        rank, text = next((r, t) for r, t in enumerate(texts) if t)
+        raise RuntimeError(f"rank {rank} of {self.size} failed in {what}: {text}")
+
+    @contextmanager
+    def _answered(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed.DistError is one, and gloo's are plain
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} got no answer in {what}: another rank has ended, "
+                "hangs, or takes another path through the program. Look at the first error among "
+                "the ranks' outputs; a run with checkpoint= goes on from its last save. A longer "
+                "wait is timeout= of torch.distributed.init_process_group. "
+                f"(torch.distributed: {error})"
+            ) from error
+
+
+_NO_MEMBER = (
+    "group= is a process group that this process is no member of; make the risk only on its "
+    "members, or pass group=False to work alone"
+)
+
+
+def group_of(choice: GroupChoice = None) -> Group | None:
+    """The group that is meant; ``None`` for one process.
+
+    Args:
+        choice: See :data:`GroupChoice`.
+
+    Raises:
+        TypeError: If it is no group.
+        RuntimeError: If one is required, and none is initialized.
+
+    Example:
+        >>> group_of() is None  # nothing is initialized
+        True
+    """
+    if choice is False:
+        return None
+    ready = dist.is_available() and dist.is_initialized()
+    if not ready:
+        if choice is None:
+            return None
+        raise RuntimeError(
+            f"group={choice!r} needs an initialized process group, and there is none; start the "
+            "script with torchrun and call torch.distributed.init_process_group() first, or leave "
+            "group= out for one process"
+        )
+    if choice == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_NO_MEMBER)
+    if choice is None or choice is True:
+        process_group = dist.group.WORLD
+    elif isinstance(choice, Group):
+        return choice
+    elif isinstance(choice, dist.ProcessGroup):
+        process_group = choice
+    else:
+        raise TypeError(
+            "group= is None (the default group, if there is one), True, False (this process "
+            f"alone) or a torch.distributed.ProcessGroup, got {type(choice).__name__}"
+        )
+    assert process_group is not None  # dist.group.WORLD, once initialized
+    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if rank < 0:
+        raise ValueError(_NO_MEMBER)
+    if size == 1:
+        return None
+    return Group(process_group, rank, size, _small_device(process_group))
+
+
+def devices_of(group: Group) -> set[str]:
+    """Kinds of devices whose tensors the group's backend can send."""
+    config = str(dist.get_backend_config(group.process_group))
+    parts = dict(part.split(":", 1) for part in config.split(",") if ":" in part)
+    backend = dist.get_backend(group.process_group)
+    if not parts:
+        return {"cpu", "cuda"} if backend in ("gloo", "mpi") else {"cuda"}
+    return {device for device, name in parts.items() if not (name == "nccl" and device == "cpu")}
+
+
+def _small_device(process_group: dist.ProcessGroup) -> torch.device:
+    found = devices_of(Group(process_group, 0, 0, torch.device("cpu")))
+    return torch.device("cpu") if "cpu" in found else torch.device("cuda")
