@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 #: Eigenvalues of a metric are no smaller than this, relative to their mean.
-_FLOOR = 1e-3
+_FLOOR = 1e-4
 
 
 @dataclass(frozen=True, eq=False)

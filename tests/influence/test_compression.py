@@ -202,7 +202,7 @@ def curved(O, I, seed=0):  # noqa: E741
     U, V = (torch.linalg.qr(normal(1, n, n, seed=seed + n)).Q for n in (O, I))
     l, r = (0.5 ** torch.arange(n, dtype=torch.float64) for n in (O, I))  # noqa: E741
     block = KroneckerBlock("layer", (Part(0, I),), U, V, (l[:, None] * r)[None])
-    floors = l + 1e-3 * l.mean(), r + 1e-3 * r.mean()
+    floors = l + 1e-4 * l.mean(), r + 1e-4 * r.mean()
     roots = [Q[0] * f.sqrt() @ Q[0].mT for Q, f in zip((U, V), floors, strict=True)]
     return block, roots
 
