@@ -2,17 +2,13 @@
 
 from curvlib import influence, optim, pruning, rates
 from curvlib.core.block_diagonal import BlockDiagonal
-from curvlib.core.interop import (
-    from_cupy,
-    from_dlpack,
-    from_scipy,
-    to_cupy,
-    to_dlpack,
-    to_scipy,
-)
+from curvlib.core.cupy_arrays import from_cupy, to_cupy
+from curvlib.core.interop import from_dlpack, from_scipy, to_dlpack, to_scipy
 from curvlib.core.kronecker import Kronecker
+from curvlib.core.linear_cross_entropy import LinearCrossEntropy
 from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
+from curvlib.core.plan import Plan
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.core.shards import shard
@@ -49,6 +45,7 @@ from curvlib.operators.jacobian import jacobian, ntk
 from curvlib.operators.kfac import KFAC, kfac
 from curvlib.operators.mfac import MFAC, mfac, mfac_window
 from curvlib.operators.rows import gradient_rows
+from curvlib.planning import planned
 from curvlib.pruning.prune import prune
 from curvlib.pruning.result import PruneResult
 
@@ -71,12 +68,14 @@ __all__ = [
     "FunctionTrace",
     "Hypergradient",
     "Kronecker",
+    "LinearCrossEntropy",
     "LinearOperator",
     "LowRank",
     "LowRankPlusShift",
     "NegativeCurvatureError",
     "ParamSpace",
     "Partition",
+    "Plan",
     "PruneResult",
     "Result",
     "Risk",
@@ -112,6 +111,7 @@ __all__ = [
     "mfac_window",
     "ntk",
     "optim",
+    "planned",
     "prune",
     "pruning",
     "rates",

@@ -48,7 +48,7 @@ def on_ranks(function: str, size: int, *args: Any, fresh: bool = False) -> list[
 class Pool:
     """Processes that wait for calls."""
 
-    def __init__(self, size: int, timeout: float = 60.0) -> None:
+    def __init__(self, size: int, timeout: float = 300.0) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.size, self.calls = size, 0
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -117,8 +117,8 @@ def new_parser(
     return parser
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that every command has, after its own."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say of what, and how, a risk is made."""
     add = parser.add_argument
     add(
         "--seed",
@@ -138,6 +138,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "float64", "bfloat16", "float16"),
         help="type to compute in, on a copy of the model",
     )
+    add("--debug", action="store_true", help="show the traceback of errors")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that every command has that computes, after its own."""
+    add_model(parser)
+    add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="folder of the results (default: curvlib-out/NAME)")
     add("--resume", action="store_true", help="go on where an interrupted run in DIR stopped")
     add(
@@ -148,7 +155,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="how often progress is saved (default: 30)",
     )
     add("--no-check", dest="check", action="store_false", help="skip the checks of the risk")
-    add("--debug", action="store_true", help="show the traceback of errors")
 
 
 def add_budget(parser: argparse.ArgumentParser, scale: str) -> None:
@@ -189,7 +195,7 @@ def risk_job(args: argparse.Namespace, argv: Sequence[str], default: str) -> Job
     start = time.monotonic()
     folder = args.out or Path("curvlib-out") / default.format(_short_name(args.target))
     checkpoints, resumed = _prepared(folder, resume=args.resume)
-    risk = sharded(_risk(args))
+    risk = sharded(target_risk(args))
     print(f"{args.target or 'digits demo'}: {risk!r}")
     if args.check:
         for finding in risk.check(seed=args.seed).findings:
@@ -254,7 +260,8 @@ def _prepare(folder: Path, *, resume: bool) -> tuple[Path, bool]:
     return checkpoints, unfinished
 
 
-def _risk(args: argparse.Namespace) -> Risk:
+def target_risk(args: argparse.Namespace) -> Risk:
+    """The risk that TARGET names, or the demo's, of the chosen parameters, type and device."""
     risk = digits().risk() if args.target is None else _seeded(args.target, args.seed)
     if args.params:
         risk = risk.restrict(args.params)

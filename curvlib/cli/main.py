@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from curvlib.cli import diagonal, influence, prune, rates, spectrum, trace
+from curvlib.cli import diagonal, influence, plan, prune, rates, spectrum, trace
 from curvlib.cli.processes import complain, prints_on_the_first, processes
 from curvlib.core.files import curvlib_version
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="curvlib", description="Curvature of PyTorch models.")
     parser.add_argument("--version", action="version", version=f"curvlib {curvlib_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (spectrum, trace, diagonal, prune, rates, influence):
+    for command in (spectrum, trace, diagonal, prune, rates, influence, plan):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     with processes() as group:

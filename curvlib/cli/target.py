@@ -87,7 +87,7 @@ def converted(
     twins = dict(zip(map(id, risk.model.parameters()), model.parameters(), strict=True))
     return Risk(
         model,
-        to(risk.loss.function),
+        to(risk.loss.of(risk.model, model)),
         _Converted(risk.data, to) if risk.in_memory is None else [to(b) for b in risk.in_memory],
         forward=risk.take_output,
         target=risk.take_target,

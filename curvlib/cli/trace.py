@@ -14,6 +14,7 @@ from curvlib.cli.common import (
     new_parser,
     says_how_to_resume,
 )
+from curvlib.core.operator import LinearOperator
 from curvlib.estimators.diagonal import DiagonalEstimate, choose, diagonal
 from curvlib.estimators.joint import Estimate, estimate
 from curvlib.estimators.stopping import DEFAULT_PRODUCTS
@@ -33,6 +34,8 @@ products and where the sketch would not fit into memory.
 """
 #: The diagonal that sums to the trace of each method.
 _DIAGONALS = {"hutchinson": "hutchinson", "xtrace": "xdiag", "xnystrace": "xnysdiag"}
+#: How a trace may be estimated.
+METHODS = tuple(_DIAGONALS)
 _TRACES = {diagonal: trace for trace, diagonal in _DIAGONALS.items()} | {"exact": "exact"}
 
 
@@ -44,7 +47,7 @@ def add_parser(commands: Any) -> None:
         help="trace of a model's curvature, layer by layer",
         description=_DESCRIPTION,
     )
-    parser.add_argument("--method", choices=tuple(_DIAGONALS), help="how to estimate it")
+    parser.add_argument("--method", choices=METHODS, help="how to estimate it")
     add_budget(parser, "the trace (with other methods than hutchinson, to the diagonal's norm)")
     add_common(parser)
     parser.set_defaults(run=run)
@@ -53,12 +56,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Runs ``curvlib trace``."""
     work = job(args, argv, "{}-trace")
-    method = _DIAGONALS.get(args.method)
-    if method is None:
-        default = DEFAULT_PRODUCTS[args.tolerance is not None]
-        budget = args.products or default
-        sketch = choose(work.op, None, budget, args.tolerance)
-        method = "hutchinson" if args.tolerance else sketch
+    method = diagonal_method(work.op, args.method, args.products, args.tolerance)
     settings: dict[str, Any] = {
         "max_products": args.products,
         "tolerance": args.tolerance,
@@ -76,6 +74,17 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
             layers = _sketched(diagonal(work.op, method=chosen, blocks=whole, **settings), work)
     print(table(layers))
     work.finish(lambda: write(layers, work.folder, work.command))
+
+
+def diagonal_method(
+    op: LinearOperator, method: str | None, products: int | None, tolerance: float | None
+) -> str:
+    """How the diagonal is estimated whose parts are summed: see the command's description."""
+    if method is not None:
+        return _DIAGONALS[method]
+    if tolerance is not None:
+        return "hutchinson"
+    return choose(op, None, products or DEFAULT_PRODUCTS[0], None)
 
 
 def _sampled(found: Estimate, work: CurvatureJob) -> Layers:

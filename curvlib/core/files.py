@@ -256,7 +256,8 @@ def _decode(value: Any, file: Any, device: torch.device | str) -> Any:
         return tuple(_decode(v, file, device) for v in value["!tuple"])
     if "!tensor" in value:
         tensor = file.get_tensor(value["!tensor"])
-        tensor = tensor if value["cpu"] else tensor.to(device)
+        # a file's own memory is aligned by chance, on which the last bits of products depend
+        tensor = tensor.clone() if value["cpu"] else tensor.to(device)
         return tensor.mT if value["rows"] else tensor
     return {k: _decode(v, file, device) for k, v in value.items()}
 

@@ -113,6 +113,13 @@ class Group:
         """A value of each rank that JSON can hold."""
         return [json.loads(text) for text in self.texts(json.dumps(value))]
 
+    def from_rank(self, tensor: Tensor, rank: int) -> Tensor:
+        """The tensor of one of the ranks, in the place of the others' of its shape and type."""
+        with self._answered("a broadcast"):
+            source = dist.get_global_rank(self.process_group, rank)
+            dist.broadcast(tensor, src=source, group=self.process_group)
+        return tensor
+
     def from_first(self, tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
         """The first rank's tensor, on every rank.
 

@@ -1,14 +1,12 @@
-r"""To and from SciPy, CuPy, and whatever speaks DLPack.
+r"""To and from SciPy, and whatever speaks DLPack; for CuPy see :mod:`curvlib.core.cupy_arrays`.
 
-SciPy and CuPy operators multiply arrays of their own kind; curvlib's multiply torch tensors. On
-the CPU, NumPy arrays and torch tensors share memory; on a GPU, CuPy arrays and torch tensors do,
-through DLPack. Nothing is copied but to change the memory order that the other side asks for.
+SciPy's operators multiply NumPy arrays; curvlib's multiply torch tensors. On the CPU they share
+memory, and nothing is copied but to change the memory order that the other side asks for.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +17,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack as from_dlpack_
 
 from curvlib.core.operator import LinearOperator, as_operator
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 def to_scipy(op: LinearOperator | Tensor) -> ScipyOperator:
@@ -109,80 +104,6 @@ def from_scipy(matrix: Any, *, device: torch.device | str = "cpu") -> LinearOper
     )
 
 
-def to_cupy(op: LinearOperator | Tensor) -> Any:
-    """An operator for ``cupyx.scipy.sparse.linalg``, which multiplies CuPy arrays without copies.
-
-    Args:
-        op: Operator, or dense tensor, on a CUDA device.
-
-    Returns:
-        A ``cupyx.scipy.sparse.linalg.LinearOperator``.
-
-    Raises:
-        ImportError: If CuPy is missing.
-        ValueError: If the operator is not on a CUDA device.
-    """
-    cupy, sparse = _cupy()
-    A = as_operator(op)
-    _require_cuda(A.device)
-
-    def product(x: Any, multiply: Any) -> Any:
-        array = x if x.ndim == 2 else x[:, None]
-        return cupy.from_dlpack(multiply(from_dlpack_(array)).contiguous()).reshape(
-            -1, *x.shape[1:]
-        )
-
-    return sparse.LinearOperator(
-        A.shape,
-        matvec=lambda x: product(x, A.matmat),
-        matmat=lambda x: product(x, A.matmat),
-        rmatvec=lambda x: product(x, A.rmatmat),
-        rmatmat=lambda x: product(x, A.rmatmat),
-        dtype=cupy.dtype(str(A.dtype).removeprefix("torch.")),
-    )
-
-
-def from_cupy(matrix: Any, *, device: torch.device | str = "cuda") -> LinearOperator:
-    """A curvlib operator from a CuPy operator, sparse matrix or array, without copies.
-
-    Args:
-        matrix: What ``cupyx.scipy.sparse.linalg.aslinearoperator`` takes.
-        device: The CUDA device on which it lives.
-
-    Raises:
-        ImportError: If CuPy is missing.
-        TypeError: If the matrix is not real.
-        ValueError: If the device is no CUDA device.
-    """
-    cupy, sparse = _cupy()
-    _require_cuda(torch.device(device))
-    A = sparse.aslinearoperator(matrix)
-    kind = np.dtype(A.dtype)
-    if kind.kind not in "fiub":
-        raise TypeError(f"expected a real matrix, got {kind}; curvlib's operators are real")
-
-    def product(columns: Tensor, multiply: Any) -> Tensor:
-        out = multiply(cupy.from_dlpack(columns.contiguous()))
-        return from_dlpack_(cupy.ascontiguousarray(out))
-
-    return LinearOperator(
-        lambda V: product(V, A.matmat),
-        (A.shape[0], A.shape[1]),
-        dtype=torch.float32 if kind == np.float32 else torch.float64,
-        device=device,
-        rmatmat=lambda V: product(V, A.rmatmat),
-        name="CuPy operator",
-    )
-
-
-def _require_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ValueError(
-            f"CuPy works on CUDA devices, got {device}; move the model with model.to('cuda'), or "
-            "use to_scipy and from_scipy"
-        )
-
-
 def to_dlpack(vectors: Tensor) -> Any:
     """A DLPack capsule of some vectors, which any array library's ``from_dlpack`` takes.
 
@@ -207,15 +128,3 @@ def from_dlpack(array: Any) -> Tensor:
         )
     tensor: Tensor = from_dlpack_(array)
     return tensor
-
-
-def _cupy() -> tuple[ModuleType, ModuleType]:
-    try:
-        cupy = importlib.import_module("cupy")
-        sparse = importlib.import_module("cupyx.scipy.sparse.linalg")
-    except ImportError:
-        raise ImportError(
-            "CuPy is needed for this: pip install 'curvlib[cupy]' (or the cupy-cuda wheel of your "
-            "CUDA version)"
-        ) from None
-    return cupy, sparse

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvlib.core.linear_cross_entropy import LinearCrossEntropy, needs_logits
+
 _HALF = (torch.float16, torch.bfloat16)
 
 _FUNCTIONS: dict[Any, str] = {
@@ -58,6 +60,8 @@ class Loss:
         pos_weight: As in ``BCEWithLogitsLoss``.
         ignore_index: Target that counts for nothing.
         label_smoothing: As in ``CrossEntropyLoss``.
+        linear: The user's loss where it owns the model's head; outputs are then
+            :class:`~curvlib.core.linear_cross_entropy.Logits`.
     """
 
     function: Callable[[Any, Any], Tensor]
@@ -67,6 +71,7 @@ class Loss:
     pos_weight: Tensor | None = None
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    linear: LinearCrossEntropy | None = None
 
     @property
     def known(self) -> bool:
@@ -92,6 +97,8 @@ class Loss:
             ValueError: If output and target do not fit, or the loss is not a scalar.
             TypeError: If the loss is not a tensor.
         """
+        if self.linear is not None:
+            return self.each(output, target).sum()
         if self.known:
             return self._known(self.readable(output, target), target, "sum")
         value = self.function(output, target)
@@ -107,14 +114,16 @@ class Loss:
             )
         return value if self.reduction == "sum" else value * terms
 
-    def each(self, output: Tensor, target: Tensor) -> Tensor:
+    def each(self, output: Any, target: Any) -> Tensor:
         """The loss terms of one batch for a known loss: of the target's shape, or ``[n, ...]``.
 
         Args:
-            output: What :meth:`readable` returned.
+            output: What the model returned.
             target: What the loss compares it with.
         """
-        return self._known(output, target, "none")
+        if self.linear is not None:
+            return self.linear.each(output, target)
+        return self._known(self.readable(output, target), target, "none")
 
     def _known(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
         weight = None if self.weight is None else self.weight.to(output)
@@ -152,7 +161,14 @@ class Loss:
         return (weight[target.where(valid, 0)] * valid).sum()
 
     def readable(self, output: Any, target: Any) -> Tensor:
-        """The output of a known loss, checked against its target, half precision as float32."""
+        """The output of a known loss, checked against its target, half precision as float32.
+
+        Raises:
+            TypeError: If they are no tensors, or a loss that owns the head never has one.
+            ValueError: If they do not fit.
+        """
+        if self.linear is not None:
+            raise needs_logits("this")
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             raise TypeError(
                 f"{self.kind} compares tensors, but the model returned {type(output).__name__} "
@@ -179,9 +195,15 @@ class Loss:
             raise TypeError(f"{self.kind} needs floating-point targets, got {target.dtype}")
         return output.float() if output.dtype in _HALF else output
 
+    def of(self, model: nn.Module, copy: nn.Module | None) -> Callable[[Any, Any], Tensor]:
+        """The user's loss, for a copy of the model where there is one."""
+        if self.linear is None or copy is None:
+            return self.function
+        return self.linear.of(model, copy)
+
     def describe(self) -> str:
         """What the loss is, in words that do not change between runs."""
-        name = self.kind
+        name = self.kind if self.linear is None else f"linear_{self.kind}"
         if not self.known:
             inner = getattr(self.function, "func", self.function)
             name = getattr(inner, "__qualname__", type(inner).__qualname__)
@@ -236,6 +258,9 @@ def read_loss(loss: Callable[[Any, Any], Tensor], reduction: str | None = None) 
 
 def _recognize(loss: Callable[[Any, Any], Tensor]) -> Loss:
     other = Loss(loss, "other", _declared_reduction(loss))
+    if isinstance(loss, LinearCrossEntropy):
+        settings = {name: getattr(loss, name) for name in _OPTIONS["cross_entropy"]}
+        return Loss(loss, "cross_entropy", linear=loss, **settings)
     if isinstance(loss, nn.Module):
         kind = _FUNCTIONS.get(type(loss))  # a subclass may compute something else
         options: Mapping[str, Any] = {} if kind is None else vars(loss) | loss._buffers

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from curvlib.core import algebra
 from curvlib.core.algebra import Index
+from curvlib.core.exhausted import names_what_fits
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
@@ -168,7 +169,9 @@ class LinearOperator:
             )
         if columns.shape[1] == 0:
             return columns.new_zeros((rows, 0))
-        out = product(columns)
+        settings = {"columns": columns.shape[1], "graphs": self._restrict is not None}
+        with names_what_fits(f"a product of {self.name}", settings):
+            out = product(columns)
         if out.shape != (rows, columns.shape[1]):
             raise ValueError(
                 f"the product of {self!r} with {list(columns.shape)} should have shape "

@@ -39,6 +39,7 @@ from curvlib.core.data import (
     reiterable,
     to_device,
 )
+from curvlib.core.exhausted import pass_names_what_fits
 from curvlib.core.fingerprint import content_of, fingerprint
 from curvlib.core.group import Group, GroupChoice, group_of
 from curvlib.core.joined import Shard, joined, problem_digest, require_device
@@ -113,6 +114,8 @@ class Risk:
                 raise TypeError(f"{name}= needs a function, got {type(function).__name__}")
         self.model = passes.uncompiled(model)
         self.loss: Loss = read_loss(loss, reduction)
+        if self.loss.linear is not None:
+            self.loss.linear.require_part_of(self.model)
         self.data = data
         self.take_output = forward
         self.take_target = target
@@ -129,6 +132,7 @@ class Risk:
         self.given_reduction = reduction
         self._compiled = passes.has_compiled(model)
         self._seen: tuple[int, int] | None = None  # batches and examples of the first full pass
+        self.reading: tuple[int, int] | None = None  # which batch of a pass, and its examples
         self._noticed = False  # whether the first forward pass was watched for fused kernels
         self._verified: set[int] = set()  # batches whose normalization was verified
         self._misread: str | None = None  # why the normalization is not what it seems
@@ -225,7 +229,9 @@ class Risk:
         return self._with(self.data, [named[name] for name in self.space.names], model)
 
     def alone(self) -> Risk:
-        """The risk of this rank's shard, which does not communicate."""
+        """The risk of this rank's shard, which does not communicate; itself in one process."""
+        if self.group is None:
+            return self
         out = self._with(self.data, list(self.params.values()), group=False)
         out.draws = self.draws
         return out
@@ -239,7 +245,7 @@ class Risk:
     ) -> Risk:
         out = Risk(
             self.model if model is None else model,
-            self.loss.function,
+            self.loss.of(self.model, model),
             data,
             forward=self.take_output,
             target=self.take_target,
@@ -348,7 +354,8 @@ class Risk:
                     f"parameter {name!r} was replaced by another tensor since this risk was made "
                     "(by assignment, or load_state_dict(assign=True)); make a new Risk"
                 )
-        return passes.arranged(self.model, self.params, self.device, first_order=first_order)
+        arranged = passes.arranged(self.model, self.params, self.device, first_order=first_order)
+        return pass_names_what_fits(lambda: self.reading, arranged)
 
     def batches(self, scale: float = 1.0, *, shard: bool = False) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
@@ -371,6 +378,7 @@ class Risk:
             batch = Batch(self, count, to_device(data, self.device), scale)
             if count == 0 and self.group is not None and self._seen is None:
                 self.first_content = content_of(batch.data)
+            self.reading = (batch.index, batch.examples)
             count, examples = count + 1, examples + batch.examples
             yield batch
         if count == 0 and self.group is None:
@@ -413,8 +421,10 @@ class Risk:
     def _forward(self, model: nn.Module, data: Any) -> Any:
         self.require_known(data)
         if self.take_output is not None:
-            return self.take_output(model, data)
-        return model(**data) if is_mapping(data) else model(data[0])
+            output = self.take_output(model, data)
+        else:
+            output = model(**data) if is_mapping(data) else model(data[0])
+        return output if self.loss.linear is None else self.loss.linear.logits(output)
 
     def require_known(self, data: Any) -> None:
         """Raises TypeError if a batch is of an unknown kind and there is no ``forward=``."""

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from curvlib.core.exhausted import run_names_what_fits
 from curvlib.core.files import (
     read_record,
     remove_leftovers,
@@ -45,6 +46,7 @@ Report = tuple[float, float | None, str]
 SAVE_SHARE = 0.03  # saves take at most this share of the time between them
 
 
+@run_names_what_fits
 def run(
     init: Callable[[], S],
     step: Callable[[S], S],
@@ -91,6 +93,8 @@ def run(
         ValueError: If the checkpoint belongs to another problem or to other settings, or is
             damaged. It is left as it is.
         OSError: If the checkpoint's folder cannot be written to; known before the first step.
+        MemoryError: If memory is out, where it is not PyTorch's own error; either names what takes
+            less (:mod:`curvlib.core.exhausted`).
         KeyboardInterrupt: On Ctrl-C, after the state has been saved.
 
     Example:

@@ -197,10 +197,9 @@ def eigenpairs(
         )
     width = min(dimension, max(block, 0 if first is None else first.shape[1]))
     least = min(k + max(2 * width, 3), dimension + width)
-    if basis is None:
-        basis = 2 * k + 16 + 4 * width
-    _require_int("basis", basis)
-    if basis < least:
+    if basis is not None:
+        _require_int("basis", basis)
+    if basis is not None and basis < least:
         raise ValueError(
             f"expected basis >= {least} (k + 2 * block, at least k + 3; the block has {width}), "
             f"got {basis}"
@@ -222,7 +221,7 @@ def eigenpairs(
         deflate=removed,
         deflated_norm=removed_norm,
     )
-    rows = min(basis, dimension + width)
+    rows = buffer_size(k, width, dimension, basis)
     settings = {
         "k": k,
         "which": which,
@@ -254,6 +253,11 @@ def eigenpairs(
         group=op.group,
     )
     return _finish(plan, state, settings)
+
+
+def buffer_size(k: int, width: int, dimension: int, basis: int | None) -> int:
+    """Vectors in the buffer for ``k`` pairs and blocks of ``width``, in a space of a dimension."""
+    return min(2 * k + 16 + 4 * width if basis is None else basis, dimension + width)
 
 
 def _finish(plan: Plan, state: KrylovState, settings: dict[str, Any]) -> Eigenpairs:

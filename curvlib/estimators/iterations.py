@@ -157,15 +157,18 @@ def cg_step(system: System, work: Work) -> Step:
     r, d, rz = work["r"], work["d"], work["rz"]
     product = system.product(d)
     curvature = dots(d, product)
-    _require_positive_curvature(system, d, curvature.cpu())
+    if system.preconditioner is not None:  # which should not be asked about what went wrong
+        _require_positive_curvature(system, d, curvature.cpu())
     alpha = rz / curvature
     r = torch.addcmul(r, column(-alpha, r), product, out=system.scratch.take(r))
     z = system.precondition(r)
     after = dots(r, z)
-    norms = (after.sqrt() if z is r else row_norms(r)).cpu()
+    norms = after.sqrt() if z is r else row_norms(r)
+    norms, after_, curvature = torch.stack([norms, after, curvature]).cpu()
+    _require_positive_curvature(system, d, curvature)
     require_finite(system, norms)
     if z is not r:
-        _require_positive_preconditioner(system, after.cpu())
+        _require_positive_preconditioner(system, after_)
     following = torch.addcmul(z, column(after / rz, d), d, out=system.scratch.take(d))
     return Step(alpha, d, norms, {"r": r, "d": following, "rz": after})
 
@@ -247,9 +250,6 @@ def minres_step(system: System, work: Work) -> Step:
     y.addcmul_(column(-alpha / beta, y), r2)
     z = system.precondition(y)
     square = dots(y, z)
-    require_finite(system, square.cpu())
-    if z is not y:
-        _require_positive_preconditioner(system, square.cpu())
     following = square.sqrt()
     norm = torch.maximum(work["norm"], (alpha.square() + beta_square(old, beta, square)).sqrt())
 
@@ -275,10 +275,15 @@ def minres_step(system: System, work: Work) -> Step:
         r = torch.mul(work["r"], column(sn.square(), r2), out=take(r2))
         r.addcmul_(column(-torch.where(broken, sn * 0.0, phibar * cs / safe), r), y)
         residual = {"r": r}
-    norms = (row_norms(residual["r"]) if residual else phibar.abs()).cpu()
+    norms = row_norms(residual["r"]) if residual else phibar.abs()
+    numbers = [square, norms, singular.to(norms.dtype), broken.to(norms.dtype)]
+    square, norms, ended, broke = torch.stack(numbers).cpu()  # waits for the device once
+    require_finite(system, square)
+    if z is not y:
+        _require_positive_preconditioner(system, square)
     require_finite(system, norms)
-    stop = dict.fromkeys(singular.cpu().nonzero()[:, 0].tolist(), "inconsistent")
-    for i in broken.cpu().nonzero()[:, 0].tolist():
+    stop = dict.fromkeys(ended.nonzero()[:, 0].tolist(), "inconsistent")
+    for i in broke.nonzero()[:, 0].tolist():
         stop.setdefault(i, "breakdown")
     return Step(
         phi,
@@ -329,11 +334,12 @@ def neumann_step(system: System, work: Work) -> Step:
     after_r = torch.add(r, product, alpha=-system.scale, out=system.scratch.take(r))
     after_z = system.precondition(after_r)
     after = dots(after_r, after_z)
-    norms = (after.sqrt() if after_z is after_r else row_norms(after_r)).cpu()
+    norms = after.sqrt() if after_z is after_r else row_norms(after_r)
+    ratio = torch.where(rz > 0.0, after / rz, rz).sqrt()
+    norms, after_, ratio = torch.stack([norms, after, ratio]).cpu()
     require_finite(system, norms)
     if after_z is not after_r:
-        _require_positive_preconditioner(system, after.cpu())
-    ratio = torch.where(rz > 0.0, after / rz, rz).sqrt().cpu()
+        _require_positive_preconditioner(system, after_)
     if bool((ratio > 1.0 + 10.0 * math.sqrt(torch.finfo(r.dtype).eps)).any()):
         at = int(ratio.argmax())
         quotient = float((dots(z, product) / rz)[at])

@@ -76,13 +76,15 @@ def orthonormalize(
     before = torch.linalg.vector_norm(new, dim=1)
     _project_out_all(rows[:size], new, deflate, total)
     after = torch.linalg.vector_norm(new, dim=1)
-    norms = torch.stack([before, after]).cpu().double()
+    # the device is waited for once, unless a pass has to be repeated
+    read = torch.cat([total.flatten(), before, after]).cpu().double()
+    C, norms = read[: total.numel()].view(total.shape), read[total.numel() :].view(2, count)
     if not bool(torch.isfinite(norms).all()):
         raise FloatingPointError("a vector has an entry that is not finite")
     again = bool((norms[1] < 0.7 * norms[0]).any())
     if again:
         _project_out_all(rows[:size], new, deflate, total)
-    C = total.cpu().double()
+        C = total.cpu().double()
     R = torch.zeros((keep, count), dtype=torch.float64)
     accepted = 0
     for column in range(count):
@@ -91,10 +93,14 @@ def orthonormalize(
         if accepted == keep:
             break
         if accepted and norm > floor:
-            for _ in range(2):
-                h = project_out(rows[size : size + accepted], row[None])
-                R[:accepted, column] += h[:, 0].cpu().double()
-        if accepted or again:
+            passes = [project_out(rows[size : size + accepted], row[None])[:, 0] for _ in range(2)]
+            length = torch.linalg.vector_norm(row)[None]
+            first, second, length = (
+                torch.cat([*passes, length]).cpu().double().split([accepted, accepted, 1])
+            )
+            R[:accepted, column] = first + second
+            norm = float(length)
+        elif accepted or again:
             norm = float(torch.linalg.vector_norm(row))
         if norm <= floor:
             continue
@@ -154,7 +160,7 @@ def rotate(rows: Tensor, start: int, stop: int, S: Tensor) -> None:
     """
     length, kept = S.shape
     chunk = max(1024, SCRATCH_BYTES // (8 * (length + kept)))
-    left = S.T.contiguous().to(rows.device)
+    left = S.T.contiguous().to(rows.device, non_blocking=True)
     for first in range(0, rows.shape[1], chunk):
         part = rows[start:stop, first : first + chunk]
         rows[start : start + kept, first : first + chunk] = (left @ part.double()).to(rows.dtype)

@@ -1,6 +1,8 @@
 r"""Random probes: columns ``w`` with :math:`E[w w^\top] = I`, from explicit generators.
 
-Nothing here touches torch's global random state.
+Nothing here touches torch's global random state. The signs of Rademacher probes are bits that the
+generator draws, or (:func:`fill_signs`) follow from a key by position, so that kernels can make
+them again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
+from curvlib.estimators.philox import BITS, words
+from curvlib.estimators.probe_kernels import ProbeKernels
 
 __all__ = ["LAWS", "fill_probes", "generator_of", "probes"]
 
@@ -61,9 +65,11 @@ def fill_probes(rows: Tensor, law: str, generator: torch.Generator) -> None:
     if law not in LAWS:
         raise ValueError(f"unknown law of probes {law!r}; there are {', '.join(LAWS)}")
     if law == "rademacher":
-        signs = _signs_of_bytes(rows.dtype, rows.device)
+        words_of_row = (rows.shape[1] + 63) // 64
         for row in rows:
-            _fill_signs(row, signs, generator)
+            drawn = torch.empty(words_of_row, dtype=torch.int64, device=rows.device)
+            drawn.random_(-(2**63), None, generator=generator)
+            _write_signs(row, drawn)
         return
     for row in rows:
         row.normal_(generator=generator)
@@ -80,15 +86,28 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
         return (1 - 2 * bits).to(dtype)
 
 
-def _fill_signs(row: Tensor, signs: Tensor, generator: torch.Generator) -> None:
-    """Random signs from the bits of random words: one draw for 64 of them."""
-    n = row.shape[0]
-    words = torch.empty((n + 63) // 64, dtype=torch.int64, device=row.device)
-    words.random_(-(2**63), None, generator=generator)
-    chosen = words.view(torch.uint8).int()
+def fill_signs(rows: Tensor, keys: Tensor, kernels: ProbeKernels | None = None) -> None:
+    """Overwrites rows ``[K, n]`` with the Rademacher probes of keys ``[K]``, on any device.
+
+    Args:
+        rows: Each contiguous, of any floating-point type.
+        keys: int64, on the rows' device.
+        kernels: What writes them in one pass, where it can be had.
+    """
+    if kernels is not None:
+        kernels.fill(rows, keys)
+        return
+    for row, bits in zip(rows, words(keys, -(-rows.shape[1] // BITS)), strict=True):
+        _write_signs(row, bits.flatten())
+
+
+def _write_signs(row: Tensor, bits: Tensor) -> None:
+    """Signs from the bits of integers, the lowest of the first one first."""
+    signs, n = _signs_of_bytes(row.dtype, row.device), row.shape[0]
+    chosen = bits.view(torch.uint8)[: -(-n // 8)].int()
     whole = n // 8
     if whole:
         out = row[: 8 * whole].unflatten(0, (whole, 8))
         torch.index_select(signs, 0, chosen[:whole], out=out)
     if n % 8:
-        row[8 * whole :] = signs[int(chosen[whole]), : n % 8]
+        row[8 * whole :] = torch.index_select(signs, 0, chosen[whole:])[0, : n % 8]

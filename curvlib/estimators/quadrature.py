@@ -64,7 +64,7 @@ def first_state(
         for _ in range(2 if deflate is not None else 0):
             row.mul_(1.0 / torch.linalg.vector_norm(row))
             lanczos.project_out(deflate, row[None])  # type: ignore[arg-type]
-        row.mul_(1.0 / float(dots(row[None], row[None]).sqrt()))
+        row.mul_(dots(row[None], row[None]).sqrt().reciprocal().to(row.dtype))
     zeros = torch.zeros((probes, steps), dtype=torch.float64)
     return QuadratureState(
         basis=basis,
@@ -120,7 +120,7 @@ def next_state(
         alphas[probe, state.step] = alpha
         lengths[probe] = state.step + 1
         norm = float((alphas[probe].abs() + betas[probe]).max())
-        if beta <= 10 * eps * norm:
+        if beta <= 64 * eps * norm:  # what rounding leaves of nothing
             continue  # an invariant subspace: this probe's quadrature is exact
         betas[probe, state.step] = beta
         active.append(probe)
@@ -140,17 +140,17 @@ def next_state(
 
 def _orthogonalize(known: Tensor, fresh: Tensor, deflate: Tensor | None) -> tuple[float, float]:
     """Makes ``fresh`` orthogonal to the rows ``known``: its coefficient of the last, its norm."""
-    row = fresh[None]
+    row, numbers = fresh[None], [math.nan] * 3
     alpha = lanczos.project_out(known[-2:], row)[-1, 0].double()
     before = dots(row, row)[0].sqrt()
     for attempt in range(2):
         if deflate is not None:
             lanczos.project_out(deflate, row)
         alpha += lanczos.project_out(known, row)[-1, 0].double()
-        beta = dots(row, row)[0].sqrt()
-        if attempt == 0 and bool(beta >= 0.7 * before):
+        numbers = torch.stack([alpha, dots(row, row)[0].sqrt(), before]).tolist()
+        if attempt == 0 and numbers[1] >= 0.7 * numbers[2]:
             break
-    return float(alpha), float(beta)
+    return numbers[0], numbers[1]
 
 
 def quadrature(state: QuadratureState) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,12 +16,17 @@ from torch import Tensor
 Blocks = tuple[Tensor, ...]
 
 
+def chunk_length(device: torch.device) -> int:
+    """Entries of a vector that are worked on at once: on a CPU, as many as stay in cache."""
+    return 2**14 if device.type == "cpu" else 2**19
+
+
 def spans(like: Tensor) -> Iterator[slice]:
     """Slices that cover the columns of rows ``[k, n]``, so that copies of them stay small.
 
     On a CPU they fit its caches, on other devices they keep it busy.
     """
-    length, chunk = like.shape[-1], 2**14 if like.device.type == "cpu" else 2**19
+    length, chunk = like.shape[-1], chunk_length(like.device)
     for start in range(0, max(length, 1), chunk):
         yield slice(start, min(start + chunk, length))
 
@@ -68,7 +73,7 @@ def inner(left: Blocks, right: Blocks, *, wide: bool = False) -> Tensor:
 
 def subtract(rows: Tensor, blocks: Blocks, coefficients: Tensor, out: Tensor) -> Tensor:
     """``rows - coefficients.T @ blocks`` into ``out`` (which may be ``rows``), ``[k, n]``."""
-    weights = coefficients.mT.to(rows.device, rows.dtype)
+    weights = coefficients.mT.to(rows.device, rows.dtype, non_blocking=True)
     start = 0
     for block in blocks:
         part = weights[:, start : start + block.shape[0]]
@@ -146,7 +151,8 @@ def _factor(gram: Tensor, norms: Tensor) -> Tensor | None:
 def _solve(factor: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """``factor^-1 @ rows`` into ``out``, which may be ``rows``, span by span."""
     eye = torch.eye(len(factor), dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(factor, eye, upper=False).to(rows.device, rows.dtype)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    inverse = inverse.to(rows.device, rows.dtype, non_blocking=True)
     for span in spans(rows):
         torch.mm(inverse, rows[:, span].clone() if out is rows else rows[:, span], out=out[:, span])
     return out

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from curvlib.estimators.blocks import Blocks, Moments
 from curvlib.estimators.cells import Cells, Piece
+from curvlib.estimators.philox import draw_keys
+from curvlib.estimators.probe_kernels import ProbeKernels
 from curvlib.estimators.rows import dots
 from curvlib.estimators.stopping import Plan, multiply, require_finite
 
@@ -96,14 +98,23 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
     regressed = state.diagonal is not None and state.residual is not None
     pieced = square and (regressed or blocks is not None)
     Y = multiply(plan.op, W, state.count, check=pieced or not square)
-    if pieced:
+    fused = _fused(plan, state, Y) if square else None
+    left = state if fused is None else replace(state, diagonal=None)
+    if pieced and (fused is None or blocks is not None):
         if state.weight is not None:
             own = groups.cells(len(W), W.device)
         width = 2**14 if W.device.type == "cpu" else 2**19
         for piece in groups.pieces(W.shape[1], width):
-            _read(state, piece, W[:, piece.span], Y[:, piece.span], cells, own)
+            _read(left, piece, W[:, piece.span], Y[:, piece.span], cells, own)
     summed = bool(cells.sums.shape[1])
-    traces = dots(W, Y) if square and not summed else cells.sums.sum(1)
+    if fused is not None:
+        traces = fused[0]
+    else:
+        traces = dots(W, Y) if square and not summed else cells.sums.sum(1)
+    norms = None
+    if state.squares is not None:
+        norms = dots(Y, Y) if fused is None else fused[1]
+    traces, *more = torch.stack([traces] if norms is None else [traces, norms]).cpu()
     require_finite(plan.op, Y, traces, state.count)
     moments = Moments(state.count, state.means, state.spreads)
     layers = state.layers
@@ -118,16 +129,37 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
                 moments = moments.with_probe(x, d)
     squares = state.squares
     if squares is not None:
-        squares = torch.cat([squares, dots(Y, Y).cpu()])
+        squares = torch.cat([squares, *more])
     return replace(
         state,
-        traces=torch.cat([state.traces, traces.cpu()]),
+        traces=torch.cat([state.traces, traces]),
         squares=squares,
         layers=layers,
         means=moments.means,
         spreads=moments.squares,
         generator=generator,
     )
+
+
+def _fused(plan: Plan, state: SamplingState, Y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What is read off products by a kernel that makes the probes again, where there is one.
+
+    Returns:
+        Inner products with the probes and squared norms, ``[K]`` each; diagonals are read too.
+    """
+    kernels = ProbeKernels.of(Y) if plan.law == "rademacher" else None
+    if kernels is None:
+        return None
+    generator = torch.Generator(device=Y.device)
+    generator.set_state(state.generator)
+    found: tuple[Tensor, Tensor] = kernels.read(
+        Y,
+        draw_keys(len(Y), generator),
+        known=state.count,
+        diagonal=state.diagonal,
+        residual=state.residual,
+    )
+    return found
 
 
 def _read(

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlib.core.exhausted import names_what_fits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.run import Progress, Report, run
-from curvlib.estimators.probes import LAWS, fill_probes, generator_of
+from curvlib.estimators.philox import draw_keys
+from curvlib.estimators.probe_kernels import ProbeKernels
+from curvlib.estimators.probes import LAWS, fill_probes, fill_signs, generator_of
 
 S = TypeVar("S")
 
@@ -96,7 +99,11 @@ class Plan:
                 self.spare[:] = [rows]
         else:
             rows = self.spare[0][:size]
-        fill_probes(rows, self.law, generator)
+        if self.law == "rademacher" and rows.device.type != "cpu":
+            # by position, so that a kernel that reads their products can make them again
+            fill_signs(rows, draw_keys(size, generator), ProbeKernels.of(rows))
+        else:
+            fill_probes(rows, self.law, generator)
         return rows, generator.get_state()
 
     def done(self, count: int, relative_error: Callable[[], float]) -> bool:
@@ -118,21 +125,24 @@ class Plan:
         problem: Callable[[], str] | None = None,
     ) -> S:
         """:func:`curvlib.core.run.run` with this plan's operator, file and bar."""
-        return run(
-            init,
-            step,
-            state_type=state_type,
-            done=done,
-            report=report,
-            title=f"{title} of {self.op.name}",
-            checkpoint=self.checkpoint,
-            problem=problem or self.op.fingerprint,
-            settings=settings,
-            device=self.op.device,
-            save_every=self.save_every,
-            progress=self.progress,
-            group=self.op.group,
-        )
+        name = f"{title} of {self.op.name}"
+        sketch = self.limit if "x" in title or "++" in title else None
+        with names_what_fits(name, {"sketch": sketch, "block": self.block}):
+            return run(
+                init,
+                step,
+                state_type=state_type,
+                done=done,
+                report=report,
+                title=name,
+                checkpoint=self.checkpoint,
+                problem=problem or self.op.fingerprint,
+                settings=settings,
+                device=self.op.device,
+                save_every=self.save_every,
+                progress=self.progress,
+                group=self.op.group,
+            )
 
 
 def plan(

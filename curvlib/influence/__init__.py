@@ -1,5 +1,6 @@
 """Influence functions: which training examples a prediction rests on."""
 
+from curvlib.core.plan import Plan
 from curvlib.influence.bank import RetrainingBank, retraining_bank
 from curvlib.influence.candidates import Candidates, merged, uniform
 from curvlib.influence.filters import bm25, tfidf
@@ -10,7 +11,7 @@ from curvlib.influence.lds import LDS, linear_datamodeling_score
 from curvlib.influence.matrix import BoundedScores, bounded_scores, measured_recall, score_matrix
 from curvlib.influence.merge import merged_searches
 from curvlib.influence.mislabel import MislabelDetection, mislabel_detection
-from curvlib.influence.plan import Plan, planned
+from curvlib.influence.plan import planned
 from curvlib.influence.proximal import ProximalResponse, proximal_response
 from curvlib.influence.recall import Recall, recall
 from curvlib.influence.refined import refined

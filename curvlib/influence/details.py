@@ -40,6 +40,17 @@ class Details:
         )
 
 
+def no_details(risk: Risk, directions: Directions, indices: Tensor) -> Details:
+    """Zeros for all of :func:`details`."""
+    scores = torch.zeros(indices.shape, dtype=risk.space.dtype)
+    return Details(
+        scores,
+        scores.new_zeros((*indices.shape, len(directions))),
+        scores.new_zeros((*indices.shape, 0)),
+        torch.zeros_like(indices),
+    )
+
+
 def details(
     risk: Risk,
     directions: Directions,
@@ -48,6 +59,7 @@ def details(
     *,
     tokens: bool,
     norms: bool = False,
+    first: int = 0,
 ) -> Details:
     """Scores of chosen examples for each query, by layers and tokens.
 
@@ -58,18 +70,17 @@ def details(
         factors: What a batch's scores are multiplied by, ``[n]``.
         tokens: Whether to score tokens.
         norms: Whether ``factors`` needs the norms of gradients.
+        first: Number of the data's first example; scores of examples before it, and of those behind
+            its last one, are zero.
     """
-    like = risk.space.empty()
     rows, columns = indices.shape
-    scores = torch.zeros((rows, columns), dtype=like.dtype)
-    layers = scores.new_zeros((rows, columns, len(directions)))
-    by_tokens = scores.new_zeros((rows, columns, 0))
-    counts = torch.zeros_like(indices)
+    none = no_details(risk, directions, indices)
+    scores, layers, by_tokens, counts = none.scores, none.layers, none.tokens, none.counts
     chosen = indices.unique()
     wanted = torch.zeros((len(chosen), rows), dtype=torch.bool)
     wanted[torch.searchsorted(chosen, indices).mT, torch.arange(rows)] = True
     stream = example_scores(
-        risk, directions, tokens=tokens, norms=norms, chosen=chosen, wanted=wanted
+        risk, directions, tokens=tokens, norms=norms, chosen=chosen, wanted=wanted, first=first
     )
     for part in stream:
         own = factors(part)

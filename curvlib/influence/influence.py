@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.risk import Risk
-from curvlib.core.run import Progress, run
+from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection
 from curvlib.influence.arguments import (
     numbers,
@@ -39,10 +39,11 @@ from curvlib.influence.arguments import (
 )
 from curvlib.influence.directions import Directions, direction_parts
 from curvlib.influence.kept import kept, top_influence
+from curvlib.influence.parts import Part, own_part, scanned
 from curvlib.influence.preconditioner import preconditioner, required_damping
 from curvlib.influence.queries import fitting_directions, query_risk, risk_on
 from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
-from curvlib.influence.scan import Scan, ScanState, inverse
+from curvlib.influence.scan import Scan, inverse
 from curvlib.influence.self_scores import self_products
 from curvlib.operators.example_scores import example_scores
 from curvlib.operators.known_examples import known_examples
@@ -169,6 +170,7 @@ class Influence:
         )
         self.unit = unit
         self.progress = progress
+        self._own: Part | None = None
         self._factor = 1.0 / risk.weight() if unit == "nats" else 1.0
 
     def __repr__(self) -> str:
@@ -225,20 +227,30 @@ class Influence:
                 data, or examples depend on each other.
             FloatingPointError: If scores are not finite; names the layer.
         """
-        risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
+        part, queries = self._part(train), query_risk(self.risk, query, measurement)
         directions = fitting_directions(
             queries, self.risk, self.preconditioner, query_reduction, rank, tolerance
         )
-        scan = self._scan(risk, directions, 1, 0, normalize)
-        parts, layers = [], []
-        for part in example_scores(risk, directions, norms=scan.by_norm):
-            parts.append(scan.values(part))
-            if per_layer:
-                own = part.layers * scan.factors(part)[:, None, None]
-                layers.append(own.transpose(0, 1).cpu())
+        scan = self._scan(part, directions, 1, 0, normalize)
+        width = len(directions) if per_layer else 0
+        like = part.risk.space.empty().cpu()
+
+        def own() -> Tensor:
+            rows = []
+            for found in example_scores(
+                part.risk, directions, norms=scan.by_norm, first=part.first
+            ):
+                each = [scan.values(found).mT[..., None]]
+                if per_layer:
+                    each.append((found.layers * scan.factors(found)[:, None, None]).cpu())
+                rows.append(torch.cat(each, 2))
+            return torch.cat(rows)
+
+        every = part.gathered(own, lambda: like.new_zeros((0, scan.queries, 1 + width)))
+        every = every.transpose(0, 1)
         return InfluenceScores(
-            scores=torch.cat(parts, 1),
-            per_layer=torch.cat(layers, 1) if per_layer else None,
+            scores=every[..., 0].contiguous(),
+            per_layer=every[..., 1:].contiguous() if per_layer else None,
             layers=tuple(directions),
             settings={
                 "query_reduction": query_reduction,
@@ -255,9 +267,8 @@ class Influence:
         Args:
             train: Other examples than the training data: batches, or a risk.
         """
-        risk = risk_on(self.risk, train)
-        found = [part.cpu() for part in self_products(risk, self.preconditioner)]
-        return SelfInfluence(scores=torch.cat(found) * self._factor, **self._provenance(None))
+        found = self._self_scores(self._part(train))
+        return SelfInfluence(scores=found, **self._provenance(None))
 
     def top(
         self,
@@ -310,14 +321,16 @@ class Influence:
         """
         below = opponents(k, bottom)
         only = numbers(chosen)
-        risk, queries = risk_on(self.risk, train), query_risk(self.risk, query, measurement)
-        in_memory = None if risk.in_memory is None else known_examples(risk)
-        require_enough(k, below, in_memory if only is None else len(only))
+        part, queries = self._part(train), query_risk(self.risk, query, measurement)
+        known = None if part.counts is None else sum(part.counts)
+        if part.risk.in_memory is not None and known is None:
+            known = known_examples(part.risk)
+        require_enough(k, below, known if only is None else len(only))
         own = self.preconditioner
         directions = fitting_directions(queries, self.risk, own, query_reduction, rank, tolerance)
         again = rescore and (rank is not None or tolerance is not None)
         more = 2 if again else 1
-        scan = self._scan(risk, directions, more * k, more * below, normalize, only)
+        scan = self._scan(part, directions, more * k, more * below, normalize, only)
         settings = {
             "k": k,
             "bottom": below,
@@ -327,15 +340,11 @@ class Influence:
             "tolerance": tolerance,
             "rescore": again,
         }
-        state = run(
-            scan.init,
-            scan.step,
-            state_type=ScanState,
-            done=lambda state: state.done,
-            report=scan.report,
-            title="influence",
+        state = scanned(
+            scan,
+            part,
             checkpoint=checkpoint,
-            problem=lambda: self._problem(risk, queries, only),
+            problem=lambda: self._problem(risk_on(self.risk, train), queries, only),
             settings=settings | {"unit": self.unit},
             save_every=save_every,
             progress=self.progress,
@@ -346,6 +355,7 @@ class Influence:
             parts = direction_parts(queries, own, reduction=query_reduction)
         sides = kept(
             scan,
+            part,
             state,
             parts,
             (k, below),
@@ -363,9 +373,24 @@ class Influence:
         )
 
     # ------------------------------------------------------------------- private
+    def _part(self, train: Any) -> Part:
+        """The training examples of this process."""
+        if train is not None:
+            return own_part(risk_on(self.risk, train))
+        if self._own is None:
+            self._own = own_part(risk_on(self.risk, None))
+        return self._own
+
+    def _self_scores(self, part: Part) -> Tensor:
+        found = part.gathered(
+            lambda: torch.cat([p.cpu() for p in self_products(part.risk, self.preconditioner)]),
+            lambda: part.risk.space.empty().new_zeros(0).cpu(),
+        )
+        return found * self._factor
+
     def _scan(
         self,
-        risk: Risk,
+        part: Part,
         directions: Directions,
         k: int,
         bottom: int,
@@ -375,9 +400,9 @@ class Influence:
         require_normalization(normalize, self.unit)
         scales = None
         if normalize == "self":
-            scales = inverse(self.self_scores(risk).scores.clamp(min=0.0).sqrt())
+            scales = inverse(self._self_scores(part).clamp(min=0.0).sqrt())
         return Scan(
-            risk,
+            part.risk,
             directions,
             k=k,
             bottom=bottom,
@@ -385,6 +410,7 @@ class Influence:
             scales=scales,
             by_norm=normalize == "gradient",
             chosen=chosen,
+            first=part.first,
         )
 
     def _problem(self, risk: Risk, queries: Risk, chosen: Tensor | None) -> str:

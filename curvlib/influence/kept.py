@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.influence.details import Details, details
+from curvlib.influence.details import Details, details, no_details
 from curvlib.influence.directions import Directions
+from curvlib.influence.parts import Part, joined_details
 from curvlib.influence.result import TopInfluence
 from curvlib.influence.scan import Ranked, Scan, ScanState, ranked
 
@@ -39,6 +40,7 @@ class Kept:
 
 def kept(
     scan: Scan,
+    part: Part,
     state: ScanState,
     parts: Iterator[Directions],
     counts: tuple[int, int],
@@ -51,7 +53,8 @@ def kept(
 
     Args:
         scan: The scan.
-        state: Its last state.
+        part: The examples of this process.
+        state: The scan's last state, the same in every process.
         parts: Directions of some queries at a time, all queries together.
         counts: How many proponents and opponents.
         rescored: Whether they are ranked by these directions, not by what the scan found.
@@ -61,7 +64,7 @@ def kept(
     found = None
     if rescored or layers or tokens:
         indices = torch.cat([state.top_indices, state.bottom_indices], 1)
-        found = _details(scan, parts, indices, tokens=tokens)
+        found = _details(scan, part, parts, indices, tokens=tokens)
         if not rescored:
             _require_same(found, torch.cat([state.top_scores, state.bottom_scores], 1))
     width = state.top_indices.shape[1]
@@ -85,20 +88,13 @@ def kept(
     return sides[0], sides[1]
 
 
-def _details(scan: Scan, parts: Iterator[Directions], indices: Tensor, *, tokens: bool) -> Details:
+def _details(
+    scan: Scan, part: Part, parts: Iterator[Directions], indices: Tensor, *, tokens: bool
+) -> Details:
     found, start = [], 0
     for directions in parts:
         stop = start + next(iter(directions.values())).count
-        found.append(
-            details(
-                scan.risk,
-                directions,
-                indices[start:stop],
-                scan.factors,
-                tokens=tokens,
-                norms=scan.by_norm,
-            )
-        )
+        found.append(_own_details(scan, part, directions, indices[start:stop], tokens=tokens))
         start = stop
     width = max(part.tokens.shape[2] for part in found)
     wide = [torch.nn.functional.pad(p.tokens, (0, width - p.tokens.shape[2])) for p in found]
@@ -108,6 +104,29 @@ def _details(scan: Scan, parts: Iterator[Directions], indices: Tensor, *, tokens
         torch.cat(wide),
         torch.cat([part.counts for part in found]),
     )
+
+
+def _own_details(
+    scan: Scan, part: Part, directions: Directions, indices: Tensor, *, tokens: bool
+) -> Details:
+    def own() -> Details:
+        return details(
+            scan.risk,
+            directions,
+            indices,
+            scan.factors,
+            tokens=tokens,
+            norms=scan.by_norm,
+            first=part.first,
+        )
+
+    if part.group is None:
+        return own()
+    found = no_details(scan.risk, directions, indices)
+    with part.group.together("a second look at its examples"):
+        if not part.empty:
+            found = own()
+    return joined_details(part.group, found)
 
 
 def _require_same(found: Details, scores: Tensor) -> None:

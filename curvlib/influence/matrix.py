@@ -20,6 +20,7 @@ from curvlib.core.run import Progress
 from curvlib.influence.arguments import numbers
 from curvlib.influence.candidates import Candidates, uniform
 from curvlib.influence.influence import Influence
+from curvlib.influence.parts import whole_part
 from curvlib.influence.queries import fitting_directions, query_risk, risk_on
 from curvlib.influence.recall import Recall, recall
 from curvlib.influence.store import Piece, ScoreMatrix, write_scores
@@ -87,7 +88,7 @@ def score_matrix(
     own = influence.preconditioner
     directions = fitting_directions(queries, influence.risk, own, query_reduction, rank, tolerance)
     only = numbers(chosen)
-    scan = influence._scan(risk, directions, 1, 0, normalize, only)
+    scan = influence._scan(whole_part(risk), directions, 1, 0, normalize, only)
 
     def source(place: Mapping[str, Any] | None) -> Iterator[Piece]:
         at = place or {"batch": 0, "seen": 0, "alone": False}
@@ -199,7 +200,7 @@ def bounded_scores(
     directions = fitting_directions(
         queries, influence.risk, inverse, query_reduction, rank, tolerance
     )
-    scan = influence._scan(risk, directions, 1, 0, None, numbers(chosen))
+    scan = influence._scan(whole_part(risk), directions, 1, 0, None, numbers(chosen))
     parts = example_scores(risk, directions, norms=True, chosen=scan.chosen)
     scores, bounds, indices = [], [], []
     for part in parts:

@@ -46,7 +46,7 @@ def _holds(risk: Risk, param: Tensor) -> bool:
 
 
 def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor] | None) -> Risk:
-    """The risk whose examples are the queries.
+    """The risk whose examples are the queries, the same ones in every process.
 
     Args:
         risk: The training data's.
@@ -58,7 +58,7 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
         ValueError: If a loader shuffles.
     """
     if measurement is None:
-        return risk_on(risk, query)
+        return risk_on(risk, query).alone()
     if isinstance(query, Risk):
         raise TypeError(
             "measurement= comes with batches of queries; a Risk has its own loss: pass "
@@ -77,13 +77,14 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
         reduction=None if declared else "sum",
         params=list(risk.params.values()),
         device=risk.device,
+        group=False,
     )
 
 
 def misfit(queries: Risk, train: Risk) -> str | None:
     """How the first batch of queries differs in its shapes from the training data's, if it does."""
     mine, others = (_shapes(r) for r in (queries, train))
-    if mine == others:
+    if mine == others or "" in (mine, others):
         return None
     return (
         f"the queries have examples of {mine}, but the training data of {others}; pass batches of "
@@ -92,10 +93,10 @@ def misfit(queries: Risk, train: Risk) -> str | None:
 
 
 def _shapes(risk: Risk) -> str:
-    for batch in risk.batches():
+    for batch in risk.batches(shard=True):
         each = [f"{list(t.shape[1:])} ({t.dtype})" for t in tensors(batch.data)]
         return "shapes " + ", ".join(each)
-    return "no shape"
+    return ""  # this process has no example
 
 
 def fitting_directions(

@@ -81,6 +81,7 @@ class Scan:
         scales: one more factor for each example, ``[N]``.
         by_norm: Whether scores are divided by the norms of examples' gradients.
         chosen: Numbers of the only examples to scan, ascending.
+        first: Number of the first example.
         sample: Examples of the sample.
     """
 
@@ -95,6 +96,7 @@ class Scan:
         scales: Tensor | None = None,
         by_norm: bool = False,
         chosen: Tensor | None = None,
+        first: int = 0,
         sample: int = SAMPLE,
     ) -> None:
         self.risk = risk
@@ -105,6 +107,7 @@ class Scan:
         self.scales = scales
         self.by_norm = by_norm
         self.chosen = chosen
+        self.first = first
         self.sample = sample
         self.queries = next(iter(directions.values())).count
         data = risk.in_memory if risk.in_memory is not None else risk.data
@@ -119,7 +122,7 @@ class Scan:
         zeros = torch.zeros(self.queries, dtype=torch.float64)
         return ScanState(
             batch=0,
-            seen=0,
+            seen=self.first,
             examples=0,
             alone=False,
             done=False,

@@ -49,6 +49,10 @@ def accuracy(risk: Risk) -> float:
 def _hits(batch: Batch) -> tuple[Tensor, Tensor]:
     loss = batch.risk.loss
     target = batch.target
+    if loss.linear is not None:
+        predicted = torch.cat([z.argmax(1) for _, z in batch.output().chunks()])
+        valid = target != loss.ignore_index
+        return (predicted.reshape(target.shape) == target) & valid, valid
     output = loss.readable(batch.output(), target)
     if not loss.categorical:
         return (output > 0) == (target > 0.5), torch.ones_like(target, dtype=torch.bool)

@@ -67,6 +67,8 @@ def _captions(batch: Batch, count: int) -> list[str]:
     loss, target = batch.risk.loss, batch.target
     if not isinstance(target, Tensor) or target.ndim < 1 or len(target) != count:
         return [""] * count
+    if loss.linear is not None:  # sequences of tokens have no one label
+        return [""] * count
     output = loss.readable(batch.output(), target)
     if loss.categorical and target.ndim == 1 and not target.is_floating_point():
         predicted = output.argmax(class_axis(output))

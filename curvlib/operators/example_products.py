@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
+from curvlib.core.exhausted import is_exhausted, names_what_fits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly
@@ -153,7 +154,8 @@ def _stream(risk: Risk, kind: str, block: int, skipped: int) -> Iterator[Example
             count = batch.examples
         passed, skipped = min(skipped, count), max(0, skipped - count)
         for start in range(passed, count, block):
-            with risk.untouched():
+            told = names_what_fits("products of examples", {"rows": min(block, count)})
+            with told, risk.untouched():
                 indices = torch.arange(start, min(start + block, count))
                 part = chosen_examples(batch, indices)
                 ones = [chosen_examples(part, slice(i, i + 1)) for i in range(len(indices))]
@@ -179,9 +181,9 @@ def _batched(batch: Batch, kind: str) -> Product | None:
     try:
         with batched_quietly():
             return (_hessian_product if kind == "hessian" else _ggn_product)(batch, leaves)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        if is_exhausted(error):
+            raise
         return None  # errors that are the model's own come again, one example at a time
 
 
@@ -293,9 +295,9 @@ def _require_independent(batch: Batch, ones: list[Batch]) -> None:
             continue
         try:
             alone += risk.space.join(one.gradient())
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError) as error:
+            if is_exhausted(error):
+                raise
             raise ValueError(
                 f"the model or loss takes batches, but not single examples ({error}): examples "
                 "depend on each other; put BatchNorm into eval mode (model.eval())"

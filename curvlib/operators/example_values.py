@@ -125,8 +125,7 @@ def gradient_norms(risk: Risk, *, block: int = 64) -> Tensor:
 def _losses(batch: Batch) -> Tensor:
     n, loss = example_count(batch), batch.risk.loss
     if loss.known:
-        readable = loss.readable(batch.output(), batch.target)
-        terms = loss.each(readable, batch.target)
+        terms = loss.each(batch.output(), batch.target)
         if n and terms.ndim and terms.shape[0] % n == 0:
             return terms.double().reshape(n, -1).sum(1)
     ones = [one_example(batch, i) for i in range(n)]

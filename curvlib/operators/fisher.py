@@ -27,10 +27,17 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.chunked_logits import Logits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 from curvlib.operators.gauss_newton import gauss_newton
+from curvlib.operators.head_curvature import (
+    ChunkCurvature,
+    empirical_chunks,
+    expected_chunks,
+    sampled_chunks,
+)
 from curvlib.operators.hessian import MEMORY
 from curvlib.operators.labels import SampledLabels
 from curvlib.operators.loss_hessian import (
@@ -85,15 +92,18 @@ def fisher(
             "kind='empirical'"
         )
     curvature: Callable[[Batch, Tensor], Curvature]
+    head: Callable[[Batch, Logits], ChunkCurvature]
     if kind == "empirical":
-        name, curvature = "empirical Fisher", _empirical
+        name, curvature, head = "empirical Fisher", _empirical, empirical_chunks
     elif kind == "type2":
-        name, curvature = "type-2 Fisher", _type2
+        name, curvature, head = "type-2 Fisher", _type2, expected_chunks
     else:
-        name, curvature = "Monte-Carlo Fisher", _MonteCarlo(samples, seed)
+        sampled = _MonteCarlo(samples, seed)
+        name, curvature, head = "Monte-Carlo Fisher", sampled, sampled.chunks
     return gauss_newton(
         risk,
         curvature,
+        head=head,
         name=name,
         psd=True,
         memory=memory,
@@ -131,12 +141,20 @@ class _MonteCarlo:
         self.seed = seed
         self.labels = SampledLabels(samples, generator_of(None, seed))
 
-    def __call__(self, batch: Batch, output: Tensor) -> Curvature:
+    def chunks(self, batch: Batch, logits: Logits) -> ChunkCurvature:
+        """The same for a loss that owns the head."""
+        return sampled_chunks(batch, logits, self._labels(batch))
+
+    def _labels(self, batch: Batch) -> SampledLabels:
         if batch.index == 0:
             self.labels = SampledLabels(self.samples, generator_of(None, self.seed))
+        return self.labels
+
+    def __call__(self, batch: Batch, output: Tensor) -> Curvature:
+        labels = self._labels(batch)
         loss = batch.risk.loss
         readable = loss.readable(output, batch.target)
-        scores = self.labels.scores(loss, readable)
+        scores = labels.scores(loss, readable)
         weight = term_weights(loss, readable, batch.target) / self.samples
         if not loss.categorical:  # entries of the target are independent given the output
             diagonal = scores.square().sum(0) * weight

@@ -31,10 +31,14 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from curvlib.core.batch import Batch
+from curvlib.core.chunked_logits import Logits
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly, derivative, pieces
+from curvlib.operators.compiled import Compile, CompiledProduct
 from curvlib.operators.graphs import GraphCache, once_differentiable
+from curvlib.operators.head_curvature import ChunkCurvature, HeadProduct
 from curvlib.operators.loss_hessian import Curvature, tensor_output
 
 
@@ -57,26 +61,36 @@ def gauss_newton(
     risk: Risk,
     curvature: Callable[[Batch, Tensor], Curvature],
     *,
+    head: Callable[[Batch, Logits], ChunkCurvature],
     name: str,
     psd: bool,
     memory: int,
     identity: str = "",
     rebuild: Callable[[Risk], LinearOperator],
+    compile: Compile = False,  # noqa: A002 (the name that torch uses)
 ) -> LinearOperator:
     """The operator ``J' C J`` of a risk.
 
     Args:
         risk: The risk.
         curvature: Given a batch and its detached output, returns the product with ``C``.
+        head: The same by chunks of logits, for a loss that owns the head.
         name: Name of the operator.
         psd: Whether ``C`` is positive semi-definite.
         memory: Bytes for kept graphs and for columns that are done at once.
         identity: What distinguishes this operator, beside the risk.
         rebuild: The same operator of another risk.
+        compile: Whether products run as captured graphs: see :mod:`curvlib.operators.compiled`.
     """
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
-    product = _Product(risk, curvature, memory)
+    own = None if risk.loss.linear is None else head
+    product: Callable[[Tensor], Tensor] = _Product(risk, curvature, own, memory)
+    if compile is not False:
+        form = partial(_form, curvature)
+        product = CompiledProduct(
+            risk, lambda room: _Product(risk, curvature, None, room), form, compile, memory, name
+        )
     size = risk.space.size
     return LinearOperator(
         product,
@@ -97,10 +111,15 @@ class _Product:
     """The product, with the graphs that it keeps and the route that works for the model."""
 
     def __init__(
-        self, risk: Risk, curvature: Callable[[Batch, Tensor], Curvature], memory: int
+        self,
+        risk: Risk,
+        curvature: Callable[[Batch, Tensor], Curvature],
+        head: Callable[[Batch, Logits], ChunkCurvature] | None,
+        memory: int,
     ) -> None:
         self.risk = risk
         self.curvature = curvature
+        self.head = head
         self.cache = GraphCache(risk, memory, self._build)
         self._verified = False  # that pullback graphs can be differentiated
         self._forward_failed: Exception | None = None
@@ -110,12 +129,16 @@ class _Product:
         )
 
     def __call__(self, columns: Tensor) -> Tensor:
+        self.begin()
+        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns), columns)
+
+    def begin(self) -> None:
+        """Called before each pass."""
         self.cache.begin()
-        return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _build(self, batch: Batch) -> OutputGraph:
         if not self.reverse:
-            return OutputGraph(tensor_output(batch))
+            return OutputGraph(tensor_output(batch, hidden=True))
         graph = _pullback_graph(batch)
         if not self._verified and once_differentiable([g for _, g in graph.pullback]):
             if self._forward_failed is not None:
@@ -129,24 +152,35 @@ class _Product:
         self._verified = True
         return graph
 
-    def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
+    def add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
+        """The sum so far (``None``: nothing yet) with the batch's product times its scale."""
         space, count = self.risk.space, columns.shape[1]
         params = list(self.risk.params.values())
-        out = space.empty(count) if total is None else total
+        out, add = (space.empty(count), False) if total is None else (total, True)
+        if self.head is not None and not add:  # the head adds its own part
+            out, add = out.zero_(), True
         if count == 1 and not self.reverse and not self.cache.keeps:
             vectors = [v[0] for v in space.split(columns)]
             shared = self._forward(partial(_dual, batch, vectors))
             if shared is not None:
                 output, tangent = shared
-                product = self.curvature(batch, output.detach())(tangent.unsqueeze(0))
-                parts = derivative([output], params, [product.to(output.dtype)], retain_graph=False)
-                space.write(parts, out, scale=batch.scale, add=total is not None)
+                curvature = self._curvature(batch, output.detach(), columns, out)
+                product = curvature(tangent.unsqueeze(0), slice(0, 1))
+                parts: list[Tensor | None] = [None] * len(params)
+                if output.requires_grad:  # else a head alone is selected
+                    product = product.to(output.dtype)
+                    parts = derivative([output], params, [product], retain_graph=False)
+                space.write(parts, out, scale=batch.scale, add=add)
                 return out
         graph, kept = self.cache.graph(batch)
-        if not graph.output.requires_grad:  # a block of parameters that the output does not use
-            return out.zero_() if total is None else out
-        curvature = self.curvature(batch, graph.output.detach())
+        used = graph.output.requires_grad
+        if not used and self.head is None:  # a block of parameters that the output does not use
+            return out if add else out.zero_()
+        curvature = self._curvature(batch, graph.output.detach(), columns, out)
         for wide in pieces(count, self.cache.room, space if graph.dummy is not None else None):
+            if not used:
+                curvature(None, wide)
+                continue
             vectors = space.split(columns[:, wide])
             tangents = None
             if graph.dummy is None:
@@ -155,7 +189,7 @@ class _Product:
                     graph, kept = self.cache.graph(batch)
             if tangents is None:
                 tangents = _reverse_tangents(graph, vectors)
-            cotangents = curvature(tangents).to(graph.output.dtype)
+            cotangents = curvature(tangents, wide).to(graph.output.dtype)
             for narrow in pieces(wide.stop - wide.start, self.cache.room, space):
                 piece = slice(wide.start + narrow.start, wide.start + narrow.stop)
                 parts = derivative(
@@ -164,8 +198,21 @@ class _Product:
                     [cotangents[narrow]],
                     retain_graph=kept or piece.stop < count,
                 )
-                space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
+                space.write(parts, out[:, piece], scale=batch.scale, add=add)
         return out
+
+    def _curvature(
+        self, batch: Batch, output: Tensor, columns: Tensor, out: Tensor
+    ) -> Callable[[Any, slice], Tensor]:
+        """The product with ``C``, of tangents along some of the columns.
+
+        Where the loss owns the head, its part of the product is added to ``out``.
+        """
+        if self.head is not None:
+            head = HeadProduct(batch, output, self.head)
+            return lambda tangents, wide: head(tangents, columns[:, wide], out[:, wide])
+        curvature = self.curvature(batch, output)
+        return lambda tangents, _: curvature(tangents)
 
     def _forward(self, compute: Callable[[], Any]) -> Any:
         """A forward-mode result, or ``None`` if the model has no forward-mode derivative."""
@@ -173,22 +220,52 @@ class _Product:
             return None
         try:
             return compute()
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as error:
+            if is_exhausted(error):
+                raise
             self._forward_failed = error
             self.reverse = True  # an error that is the model's own comes again, and is raised
             self.cache = GraphCache(self.risk, self.cache.budget, self._build)
             return None
 
 
+def _form(
+    curvature: Callable[[Batch, Tensor], Curvature], batch: Batch, leaves: list[Tensor]
+) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
+    """The product of one batch, to be captured: see :mod:`curvlib.operators.compiled`.
+
+    By the reverse route: of what it computes, a captured graph keeps the two Jacobian products.
+    """
+    output = tensor_output(batch)
+    pullback: list[tuple[int, Tensor]] = []
+    if output.requires_grad:
+        dummy = torch.zeros_like(output, requires_grad=True)
+        pulled: Sequence[Tensor | None] = torch.autograd.grad(
+            output, leaves, dummy, create_graph=True, allow_unused=True
+        )
+        pullback = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+
+    def push(vectors: list[Tensor]) -> Sequence[Tensor | None]:
+        if not pullback:
+            return [None] * len(leaves)
+        cotangents = [vectors[i].to(g.dtype) for i, g in pullback]
+        (tangent,) = torch.autograd.grad([g for _, g in pullback], dummy, cotangents)
+        product = curvature(batch, output.detach())(tangent[None])[0].to(output.dtype)
+        parts: Sequence[Tensor | None] = torch.autograd.grad(
+            output, leaves, product, allow_unused=True
+        )
+        return parts
+
+    return push
+
+
 def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
     """``J V`` of one batch, ``[K, *output.shape]``, by the route that the model allows."""
     try:
         return _tangents(batch, vectors)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError) as error:
+        if is_exhausted(error):
+            raise
         # no forward-mode derivative; an error that is the model's own comes again, and is raised
         graph = _pullback_graph(batch)
         if once_differentiable([g for _, g in graph.pullback]):
@@ -197,7 +274,7 @@ def tangents_of(batch: Batch, vectors: list[Tensor]) -> Tensor:
 
 
 def _pullback_graph(batch: Batch) -> OutputGraph:
-    output = tensor_output(batch)
+    output = tensor_output(batch, hidden=True)
     if not output.requires_grad:
         return OutputGraph(output)
     dummy = torch.zeros_like(output, requires_grad=True)
@@ -217,7 +294,7 @@ def _dual(batch: Batch, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
             name: forward_ad.make_dual(p, v.to(p.dtype))
             for (name, p), v in zip(params.items(), vectors, strict=True)
         }
-        output, tangent = forward_ad.unpack_dual(tensor_output(batch, duals))
+        output, tangent = forward_ad.unpack_dual(tensor_output(batch, duals, hidden=True))
         tangent = torch.zeros_like(output) if tangent is None else tangent.detach()
     return output, tangent
 
@@ -228,8 +305,9 @@ def _tangents(batch: Batch, vectors: list[Tensor]) -> Tensor:
     tangents = {name: v.to(p.dtype) for (name, p), v in zip(params.items(), vectors, strict=True)}
 
     def call(values: dict[str, Tensor]) -> Tensor:
-        output: Tensor = batch.output(values)
-        return output
+        output: Any = batch.output(values)
+        out: Tensor = output.hidden if isinstance(output, Logits) else output
+        return out
 
     def push(tangent: dict[str, Tensor]) -> Tensor:
         out: Tensor = torch.func.jvp(call, (params,), (tangent,))[1]

@@ -13,12 +13,19 @@ from __future__ import annotations
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
+from curvlib.operators.compiled import Compile
 from curvlib.operators.gauss_newton import gauss_newton
+from curvlib.operators.head_curvature import expected_chunks
 from curvlib.operators.hessian import MEMORY
 from curvlib.operators.loss_hessian import loss_hessian
 
 
-def ggn(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
+def ggn(
+    risk: Risk,
+    *,
+    memory: int = MEMORY,
+    compile: Compile = False,  # noqa: A002 (the name that torch uses)
+) -> LinearOperator:
     """The generalized Gauss-Newton matrix of a risk with respect to its parameters.
 
     Args:
@@ -26,6 +33,8 @@ def ggn(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
             of PyTorch's cross-entropy, NLL (categorical, on log-probabilities), MSE and
             BCE-with-logits is in closed form; any other loss is differentiated twice in the output.
         memory: Bytes that kept graphs, and graphs of columns done at once, may take.
+        compile: Whether products run as captured graphs that are proven right on the model: see
+            :func:`curvlib.hessian`.
 
     Returns:
         A symmetric operator ``[P, P]``, positive semi-definite for the known losses, of the risk's
@@ -33,7 +42,8 @@ def ggn(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
 
     Raises:
         TypeError: At the product, if the model's output is not one tensor.
-        ValueError: If the memory is negative.
+        ValueError: If the memory is negative, or ``compile=`` unknown.
+        RuntimeError: At the product, if a ``compile=`` that is insisted on does not work.
 
     Example:
         >>> import torch, curvlib as cl
@@ -46,8 +56,10 @@ def ggn(risk: Risk, *, memory: int = MEMORY) -> LinearOperator:
     return gauss_newton(
         risk,
         loss_hessian,
+        head=expected_chunks,
         name="GGN",
         psd=risk.loss.known,
         memory=memory,
-        rebuild=lambda other: ggn(other, memory=memory),
+        rebuild=lambda other: ggn(other, memory=memory, compile=compile),
+        compile=compile,
     )

@@ -10,7 +10,6 @@ changes nothing, so that a step over several windows can be given up as long as 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -182,10 +181,12 @@ class GradientWindow:
         slot = self.window.slot(-1)
         return float((system.gram[:, slot] * system.coefficients_of_row(slot)[:, :, 0]).sum())
 
-    def newest_norm(self) -> float:
-        """The norm of the newest row. No pass."""
+    def lengths_of(self, direction: Tensor) -> tuple[float, float]:
+        """The norms of the newest row (no pass) and of a direction ``[P]``; waits once."""
         slot = self.window.slot(-1)
-        return math.sqrt(float(self.window.stored_gram()[:, slot, slot].sum()))
+        row = self.window.stored_gram()[:, slot, slot].sum().sqrt()
+        own, length = torch.stack([row, fast_norm(direction).to(F64)]).tolist()
+        return own, length if in_range(length) else norm(direction)
 
     # ---------------------------------------------------------------- more tensors
     def widened(self, more: Sequence[int]) -> GradientWindow:
@@ -258,10 +259,20 @@ class GradientWindow:
 
 def norm(vector: Tensor) -> float:
     """The norm, NaN or infinite if an entry is; in float64 where squares leave float32's range."""
-    fast = torch.linalg.vector_norm(vector, dtype=F64 if vector.dtype == F64 else torch.float32)
-    if 1e-12 < (value := float(fast)) < 1e18:
-        return value
-    return float(torch.linalg.vector_norm(vector, dtype=F64))
+    value = float(fast_norm(vector))
+    return value if in_range(value) else float(torch.linalg.vector_norm(vector, dtype=F64))
+
+
+def fast_norm(vector: Tensor) -> Tensor:
+    """The norm, in float32 unless the vector is in float64, on its device: see :func:`in_range`."""
+    dtype = F64 if vector.dtype == F64 else torch.float32
+    out: Tensor = torch.linalg.vector_norm(vector, dtype=dtype)
+    return out
+
+
+def in_range(value: float) -> bool:
+    """Whether squares stayed in the range of float32 for a norm."""
+    return 1e-12 < value < 1e18
 
 
 def _placeholders(old: SparseWindow, new: SparseWindow, start: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
+from curvlib.core.exhausted import is_exhausted, names_what_fits
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly
 
@@ -67,7 +68,8 @@ def _stream(risk: Risk, block: int) -> Iterator[Tensor]:
             count = batch.examples
         total = risk.space.empty().zero_()
         for start in range(0, count, block):
-            with risk.untouched():
+            told = names_what_fits("rows of gradients", {"rows": min(block, count)})
+            with told, risk.untouched():
                 part = chosen_examples(batch, slice(start, min(start + block, count)))
                 rows, batched = example_gradients(part, example_loss, batched=batched)
             if expected is not None:
@@ -124,9 +126,10 @@ def _batched_rows(batch: Batch, value: Value, extra: Tensor | None) -> Tensor | 
         # fused attention has no rule for vmap
         with batched_quietly(), sdpa_kernel(SDPBackend.MATH):
             rows = per_example(params, batch.data, extra)
-    except torch.OutOfMemoryError:
-        raise  # fewer rows at a time are the user's to ask for; one by one would be silently slow
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        if is_exhausted(error):
+            # fewer rows at a time are the user's to ask for; one by one would be silently slow
+            raise
         return None  # errors that are the model's own come again in the loop
     return risk.space.join(list(rows.values()), columns=batch.examples).mT
 

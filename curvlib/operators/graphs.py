@@ -59,12 +59,14 @@ class GraphCache(Generic[Graph]):
         budget: Bytes that kept graphs may hold.
         build: Builds the graph of one batch.
         verify: Raises if a graph cannot be differentiated; called for the first graph.
+        holds: Tensors that a graph holds, beside what autograd saves for it.
     """
 
     risk: Risk
     budget: int
     build: Callable[[Batch], Graph]
     verify: Callable[[Graph], None] | None = None
+    holds: Callable[[Graph], Sequence[Tensor]] = lambda graph: ()
     _kept: dict[int, tuple[Signature, Graph, int]] = field(default_factory=dict)
     _model: Signature | None = None
     _directions: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
@@ -133,6 +135,8 @@ class GraphCache(Generic[Graph]):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             graph = self.build(batch)
+        for tensor in self.holds(graph):
+            pack(tensor)
         if self.verify is not None and self._largest is None:
             self.verify(graph)
         self._largest = max(self._largest or 0, size)

@@ -24,17 +24,25 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.check import central_difference
+from curvlib.core.exhausted import is_exhausted
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import derivative, pieces
+from curvlib.operators.compiled import Compile, CompiledProduct
 from curvlib.operators.graphs import GraphCache, once_differentiable
 
 #: Default budget, in bytes, for graphs that are kept and for columns that are done at once.
 MEMORY = 2**30
 
 
-def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> LinearOperator:
+def hessian(
+    risk: Risk,
+    *,
+    method: str = "exact",
+    memory: int = MEMORY,
+    compile: Compile = False,  # noqa: A002 (the name that torch uses)
+) -> LinearOperator:
     """The Hessian of a risk with respect to its parameters.
 
     Args:
@@ -44,13 +52,21 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
             norms of vector and parameters (relative error about 1e-4 in float32, 1e-8 in float64).
         memory: Bytes that kept graphs, and graphs of columns done at once, may take. Data in
             memory (not a ``DataLoader``) is needed for graphs to be kept.
+        compile: Whether products run as captured graphs (exact method only). For each shape of a
+            batch, the product is recorded and compiled at its first use (seconds to minutes), and
+            used if it agrees with the eager one on random vectors of that batch and is symmetric;
+            else it runs eagerly, with a warning. ``True`` compiles by inductor where a compiler
+            works and else runs the captured operations one by one. ``"inductor"`` or
+            ``"aot_eager"`` (one by one) insists: an error is raised instead of the warning.
 
     Returns:
         A symmetric operator ``[P, P]``, in the unit of the loss over that of the parameters
         squared, of the risk's mean (or sum).
 
     Raises:
-        ValueError: If the method is unknown or the memory negative.
+        ValueError: If the method is unknown, the memory negative, or ``compile=`` unknown or for
+            finite differences.
+        RuntimeError: At the product, if a ``compile=`` that is insisted on does not work.
 
     Example:
         >>> import torch, curvlib as cl
@@ -62,12 +78,17 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
     """
     if memory < 0:
         raise ValueError(f"memory= is a number of bytes, at least 0, got {memory}")
+    name = "Hessian"
     if method == "exact":
-        cache = GraphCache(risk, memory, _gradient_graph, _require_second)
-        product: Callable[[Tensor], Tensor] = partial(_product, cache)
+        product: Callable[[Tensor], Tensor] = _Product(risk, memory)
+        if compile is not False:
+            product = CompiledProduct(risk, partial(_Product, risk), _form, compile, memory, name)
         differentiable = partial(_product_with_graph, risk)
-        name = "Hessian"
     elif method == "finite_difference":
+        if compile is not False:
+            raise ValueError(
+                "compile= is for method='exact'; finite differences have no graph to capture"
+            )
         product, differentiable = partial(_difference, risk), None
         name = "Hessian (finite differences)"
     else:
@@ -82,7 +103,9 @@ def hessian(risk: Risk, *, method: str = "exact", memory: int = MEMORY) -> Linea
         space=risk.space,
         name=name,
         identity=risk.fingerprint,
-        restrict=lambda names: hessian(risk.part(names), method=method, memory=memory),
+        restrict=lambda names: hessian(
+            risk.part(names), method=method, memory=memory, compile=compile
+        ),
         differentiable=differentiable,
         group=risk.group,
     )
@@ -103,15 +126,29 @@ def _require_second(gradients: list[tuple[int, Tensor]]) -> None:
         )
 
 
-def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Tensor:
-    risk = cache.risk
-    space, params = risk.space, list(risk.params.values())
-    cache.begin()
+class _Product:
+    """The product, with the graphs that it keeps."""
 
-    def add(batch: Batch, total: Tensor | None) -> Tensor:
+    def __init__(self, risk: Risk, memory: int) -> None:
+        self.risk = risk
+        self.cache = GraphCache(risk, memory, _gradient_graph, _require_second)
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        self.begin()
+        return self.risk.accumulate(lambda batch, total: self.add(batch, total, columns), columns)
+
+    def begin(self) -> None:
+        """Called before each pass."""
+        self.cache.begin()
+
+    def add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
+        """The sum so far (``None``: nothing yet) with the batch's product times its scale."""
+        space, params = self.risk.space, list(self.risk.params.values())
         out = space.empty(columns.shape[1]) if total is None else total
-        gradients, kept = cache.graph(batch)
-        for piece in pieces(columns.shape[1], cache.room, space):
+        gradients, kept = self.cache.graph(batch)
+        # a loss that owns the head works in place, which cannot be batched over columns
+        room = self.cache.room if self.risk.loss.linear is None else 1
+        for piece in pieces(columns.shape[1], room, space):
             parts: list[Tensor | None] = [None] * len(params)
             if gradients:  # else the loss is linear in the parameters
                 vectors = space.split(columns[:, piece])
@@ -122,9 +159,9 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
                         [vectors[i].to(g.dtype) for i, g in gradients],
                         retain_graph=kept or piece.stop < columns.shape[1],
                     )
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:
+                    if is_exhausted(error):
+                        raise
                     raise RuntimeError(
                         f"the gradient of batch {batch.index} cannot be differentiated again: "
                         f"{error}; use curvlib.ggn(risk), which needs first derivatives only, or "
@@ -133,7 +170,26 @@ def _product(cache: GraphCache[list[tuple[int, Tensor]]], columns: Tensor) -> Te
             space.write(parts, out[:, piece], scale=batch.scale, add=total is not None)
         return out
 
-    return risk.accumulate(add, columns)
+
+def _form(batch: Batch, leaves: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
+    """The product of one batch, to be captured: see :mod:`curvlib.operators.compiled`."""
+    value = batch.total(batch.output())
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if value.requires_grad:  # a block of parameters may not be used
+        gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+    used = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+
+    def push(vectors: list[Tensor]) -> Sequence[Tensor | None]:
+        if not used:
+            return [None] * len(leaves)
+        cotangents = [vectors[i].to(g.dtype) for i, g in used]
+        outputs = [g for _, g in used]
+        parts: Sequence[Tensor | None] = torch.autograd.grad(
+            outputs, leaves, cotangents, allow_unused=True
+        )
+        return parts
+
+    return push
 
 
 def _product_with_graph(risk: Risk, columns: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlib.core.group import Group
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.operators.layer_inputs import Layer, input_rows, layer_of, positions
@@ -151,14 +152,18 @@ def input_grams(
     _require_named(exact, uncovered)
     if sums:
         uses = WeightUses({name: found.weight for name, found in sums.items()})
-        with risk.untouched(), torch.no_grad():
-            for batch in risk.batches():
+        group = risk.group
+        shard = nullcontext() if group is None else group.together("the inputs of its shard")
+        with shard, risk.untouched(), torch.no_grad():
+            for batch in risk.batches(shard=True):
                 kept = None if mask is None else row_mask(mask, batch.data)
                 with _watched(sums, kept, memory), uses:
                     batch.output()
                 _require_finite(sums, batch.index)
         for name, found in sums.items():
             found.uses = uses.counts[name]
+        if group is not None:
+            _join(sums, group)
     for name in [name for name, found in sums.items() if found.reason]:
         uncovered[name] = sums.pop(name).reason
     _require_named(exact, uncovered)
@@ -271,6 +276,20 @@ def _sums(
             modules = [module for module, _ in owners]
             sums[name] = _Sum(weight, layer, modules, zeros, zeros[:, 0].clone())
     return sums, uncovered
+
+
+def _join(sums: dict[str, _Sum], group: Group) -> None:
+    """Adds up what the ranks have of their shards: one sum of all matrices."""
+    parts = [part for found in sums.values() for part in (found.gram, found.total)]
+    flat = group.add(torch.cat([part.reshape(-1) for part in parts]))
+    for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.copy_(summed.view(part.shape))
+    told = group.values([[found.count, found.calls, found.uses] for found in sums.values()])
+    for i, found in enumerate(sums.values()):
+        found.count = sum(each[i][0] for each in told)
+        found.calls = sum(each[i][1] for each in told)
+        names = {name for each in told for name in each[i][2]}
+        found.uses = {n: sum(each[i][2].get(n, 0) for each in told) for n in sorted(names)}
 
 
 def _require_finite(sums: dict[str, _Sum], index: int) -> None:

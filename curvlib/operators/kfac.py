@@ -31,6 +31,7 @@ from torch import Tensor
 from curvlib.core.files import read_record, write_record
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
+from curvlib.core.linear_cross_entropy import needs_logits
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection, ParamSpace
@@ -296,7 +297,7 @@ def kfac(
         The operator, with EK-FAC's eigenvalues if they were fitted.
 
     Raises:
-        TypeError: If an argument is of another type.
+        TypeError: If an argument is of another type, or the loss owns the head.
         ValueError: If an argument is unknown, no parameter is covered, or examples depend on each
             other.
         FloatingPointError: If inputs of a layer or gradients at its output are not finite; names
@@ -316,6 +317,8 @@ def kfac(
     if not isinstance(risk, Risk):
         raise TypeError(f"kfac takes a Risk, got {type(risk).__name__}")
     require_kind(risk.loss, fisher, samples)
+    if risk.loss.linear is not None:
+        raise needs_logits("K-FAC")
     if sharing not in _SHARING:
         raise ValueError(f"sharing= is one of {', '.join(map(repr, _SHARING))}, got {sharing!r}")
     if rest not in _REST:

@@ -30,7 +30,9 @@ def factors(
                 pairs.append((left / weight, right / count))
             else:  # the gradients are on the right
                 pairs.append((left / count if role == "embedding" else left, right / weight))
-    traces = [(float(_traces(left).sum()), float(_traces(right).sum())) for left, right in pairs]
+    read = [_traces(factor).sum() for pair in pairs for factor in pair]
+    numbers = torch.stack(read).tolist() if read else []  # waits for the device once
+    traces = list(zip(numbers[::2], numbers[1::2], strict=True))
     total = sum(a * b for a, b in traces)
     if not total > 0.0:
         return None

@@ -21,6 +21,7 @@ from curvlib.operators.batch_examples import example_count
 from curvlib.operators.kfac_factors import factors, miscounted
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.kfac_prefix import replayed
+from curvlib.operators.kfac_ranks import SIDES, decomposed, fitted_by_ranks
 from curvlib.operators.kfac_rest import rest_rows
 from curvlib.operators.kfac_state import DONE, EIGENVALUES, FACTORS, FitSettings, FitState
 from curvlib.operators.kfac_sums import (
@@ -64,6 +65,7 @@ class Fit:
         self._watcher: Watcher | None = None
         self._adder: EigenvalueSums | None = None
         self.total: int | None = None if risk.in_memory is None else len(risk.in_memory)
+        self.prefix = settings.prefix  # batches of this rank that factors are of
 
     # ------------------------------------------------------------------- steps
     def init(self) -> FitState:
@@ -87,20 +89,27 @@ class Fit:
         )
 
     def step(self, state: FitState) -> FitState:
-        """One batch more."""
-        if state.phase == FACTORS and state.batch == self.settings.prefix:
-            return self._factorized(state)
+        """One batch more, or, where the pass is at its end, what follows from its sums."""
+        if state.ended:
+            return self.concluded(state)
+        if state.phase == FACTORS and state.batch == self.prefix:
+            return replace(state, ended=True)
         with self.risk.untouched(first_order=True):
             batch = self._next(state)
             if batch is not None:
                 return self._added(state, batch)
         self.total = state.batch
+        return replace(state, ended=True)
+
+    def concluded(self, state: FitState) -> FitState:
+        """The state after a pass, from its sums over all data."""
+        state = replace(state, ended=False)
         return self._factorized(state) if state.phase == FACTORS else self._normalized(state)
 
     def report(self, state: FitState) -> Report:
         """What is done, in batches."""
-        own = self.settings
-        first = self.total if own.prefix is None else min(own.prefix, self.total or own.prefix)
+        own, prefix = self.settings, self.prefix
+        first = self.total if prefix is None else min(prefix, self.total or prefix)
         total = None if self.total is None else self.total + (first or 0)
         total = total if own.eigen_corrected else self.total
         before = (first or 0) if own.eigen_corrected and state.phase != FACTORS else 0
@@ -127,7 +136,7 @@ class Fit:
         self._at = (state.phase, state.batch + 1)
         if batch is None:
             self._stream = None
-        elif state.phase == FACTORS and self.settings.prefix is not None:
+        elif state.phase == FACTORS and self.prefix is not None:
             self._held.append(batch)
         return batch
 
@@ -136,9 +145,9 @@ class Fit:
         if state.phase == EIGENVALUES and self._held and self._source is not None:
             held, self._held = self._held, []
             return replayed(held, self._source)
-        self._source = self.risk.batches()
+        self._source = self.risk.batches(shard=True)
         skipped = [next(self._source) for _ in range(state.batch)]
-        self._held = skipped if state.phase == FACTORS and self.settings.prefix else []
+        self._held = skipped if state.phase == FACTORS and self.prefix else []
         return self._source
 
     def _added(self, state: FitState, batch: Batch) -> FitState:
@@ -221,9 +230,8 @@ class Fit:
     def _factorized(self, state: FitState) -> FitState:
         weight = self._positive(state)
         uncovered = dict(state.uncovered)
-        bases: dict[str, Tensor] = {}
-        values: dict[str, Tensor] = {}
         corrected: dict[str, Tensor] = {}
+        pairs: dict[str, Tensor] = {}
         for layer in self.layers(state):
             reason = miscounted(layer, state.calls, state.uses)
             pair = None if reason else factors(layer, state.sums, state.counts, weight)
@@ -232,16 +240,10 @@ class Fit:
                 reason += "" if self.settings.prefix is None else " (in the prefix)"
                 uncovered.update(dict.fromkeys(layer.names, reason))
                 continue
-            for side, factor in zip(("left", "right"), pair, strict=True):
-                key = f"{layer.name}|{side}"
-                if factor.ndim == 2:
-                    values[key] = factor
-                else:
-                    found, vectors = torch.linalg.eigh(factor)
-                    values[key] = found.clamp_(min=0.0)
-                    bases[key] = vectors.to(self.settings.dtype)
+            pairs |= {f"{layer.name}|{side}": p for side, p in zip(SIDES, pair, strict=True)}
             if self.settings.eigen_corrected:
                 corrected[layer.name] = self.like.new_zeros(layer.shape)
+        values, bases = decomposed(pairs, self.settings.dtype, self.risk.group)
         if self.settings.rest == "diagonal":
             for name in uncovered:
                 size = self.risk.params[name].numel()
@@ -306,6 +308,9 @@ def fitted(
         name: str(value) if isinstance(value, torch.dtype) else value
         for name, value in vars(fit.settings).items()
     }
+    settings |= {"mask": fit.mask is not None}
+    if fit.risk.group is not None:
+        return fitted_by_ranks(fit, fit.risk.group, settings, checkpoint, save_every, progress)
     return run(
         fit.init,
         fit.step,
@@ -315,7 +320,7 @@ def fitted(
         title="K-FAC",
         checkpoint=checkpoint,
         problem=fit.risk.fingerprint,
-        settings=settings | {"mask": fit.mask is not None},
+        settings=settings,
         device=fit.risk.space.device,
         save_every=save_every,
         progress=progress,

@@ -56,6 +56,7 @@ class FitState:
         bases: Eigenvectors, by ``"layer|left"`` and ``"layer|right"``.
         values: Eigenvalues of each factor, by the same keys, float64.
         uncovered: Why parameters are in no block.
+        ended: Whether the pass is at its end, so that what is done with its sums comes next.
     """
 
     phase: int
@@ -71,3 +72,4 @@ class FitState:
     bases: dict[str, Tensor]
     values: dict[str, Tensor]
     uncovered: dict[str, str]
+    ended: bool = False

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import describe, tensors
+from curvlib.core.linear_cross_entropy import needs_logits
 from curvlib.operators.batch_examples import example_count, one_example
 from curvlib.operators.gradients import example_loss
 from curvlib.operators.labels import label_scores
@@ -81,6 +82,8 @@ def directions(
             yield value, None
         return
     loss = batch.risk.loss
+    if loss.linear is not None:
+        raise needs_logits(f"the {kind} Fisher by backward passes")
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the {kind} Fisher needs the output as one tensor, but the model returned "

@@ -11,18 +11,21 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from curvlib.core.content_numbers import content_uniform
+from curvlib.core.linear_cross_entropy import needs_logits
 from curvlib.core.loss import Loss
 from curvlib.operators.labels import label_scores
 from curvlib.operators.loss_hessian import class_axis
 
 
 def require_terms(loss: Loss | None) -> None:
-    """Raises ValueError unless the terms of a loss are known from the model's output."""
+    """Raises ValueError (or TypeError) unless a loss's terms are known from the model's output."""
     if loss is not None and not loss.known:
         raise ValueError(
             f"the loss {loss.describe()} is none whose terms curvlib knows; use cross-entropy, "
             "NLL, MSE or BCE-with-logits, or leave loss= out: examples are counted then"
         )
+    if loss is not None and loss.linear is not None:
+        raise needs_logits("loss=")
     if loss is not None and (loss.weight is not None or loss.pos_weight is not None):
         raise ValueError(
             "loss= has weights of classes or elements, and the targets that would say which "

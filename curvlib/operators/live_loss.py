@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from curvlib.core.exhausted import is_exhausted
 from curvlib.operators.conv_products import convolution_products
 from curvlib.operators.graphs import once_differentiable, reentrant
 
@@ -213,9 +214,9 @@ def _explaining(*, second: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_exhausted(error):
+            raise
         told = _explained(str(error))
         if told is None and second:
             told = RuntimeError(

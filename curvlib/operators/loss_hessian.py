@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.chunked_logits import Logits
 from curvlib.core.data import describe
+from curvlib.core.linear_cross_entropy import needs_logits
 from curvlib.core.loss import Loss
 from curvlib.operators.columns import derivative
 
@@ -131,20 +133,34 @@ def probabilities(loss: Loss, output: Tensor) -> Tensor:
     return p
 
 
-def tensor_output(batch: Batch, params: Mapping[str, Tensor] | None = None) -> Tensor:
+def tensor_output(
+    batch: Batch, params: Mapping[str, Tensor] | None = None, *, hidden: bool = False
+) -> Tensor:
     """The model's output, which a Gauss-Newton product needs as one tensor with a graph.
+
+    Args:
+        batch: The batch.
+        params: Tensors that take the parameters' places, by name.
+        hidden: Whether what a head gets will do, where the loss owns the head.
 
     Raises:
         TypeError: If it is no tensor.
         ValueError: If it does not depend on the selected parameters.
     """
-    output = batch.output(params)
+    output, headed = batch.output(params), False
+    if isinstance(output, Logits):
+        if not hidden:
+            raise needs_logits("a derivative of the model's outputs")
+        headed = output.weight.requires_grad or (
+            output.bias is not None and output.bias.requires_grad
+        )
+        output = output.hidden
     if not isinstance(output, Tensor):
         raise TypeError(
             "Gauss-Newton products need the output as one tensor, but the model returned "
             f"{describe(output)}; pass forward=lambda model, batch: model(**batch).logits or alike"
         )
-    if not output.requires_grad and not batch.risk.is_part:
+    if not (output.requires_grad or headed or batch.risk.is_part):
         raise ValueError(
             "the model's output does not depend on the selected parameters, or was detached; "
             "check forward= and params="

@@ -35,6 +35,7 @@ def mfac_window(
     device: torch.device | str | None = None,
     storage: str | None = None,
     accuracy: float = ACCURACY,
+    fused: bool | None = None,
 ) -> MFAC:
     """An M-FAC operator whose window is empty yet: push gradients in your own loop.
 
@@ -52,10 +53,14 @@ def mfac_window(
         device: Where vectors live; that of the space (or the CPU) when omitted.
         storage: ``"cpu"`` keeps the rows in host memory: see :class:`Window`.
         accuracy: Relative error above which passes are repeated in float64: see :class:`MFAC`.
+        fused: Whether passes are CUDA kernels of curvlib's own; ``None``: where they can be had:
+            see :class:`Window`.
 
     Raises:
         TypeError: If an argument is of the wrong type, or ``dtype`` is float16.
-        ValueError: If a number is not positive, or parts do not add up.
+        ValueError: If a number is not positive, parts do not add up, or ``fused`` is asked for
+            where no kernel is.
+        ImportError: If ``fused`` is asked for and CuPy is missing.
         MemoryError: If the window does not fit; the message says what would.
 
     Example:
@@ -75,6 +80,7 @@ def mfac_window(
         device=device or ("cpu" if known is None else known.device),
         parts=part_sizes(parts, known),
         storage=storage,
+        fused=fused,
     )
     return MFAC(window, damping=damping, relative=relative, accuracy=accuracy, space=known)
 

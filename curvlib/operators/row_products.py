@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from curvlib.operators.window_kernels import WindowKernels
+
 F64 = torch.float64
 
 #: Bytes of a converted chunk: small enough for a core's cache, large enough for few calls.
@@ -29,18 +31,23 @@ CHUNK_BYTES = 2**21
 TERMS = 8192
 
 
-def inner(rows: Tensor, columns: Tensor, *, exact: bool = False) -> Tensor:
+def inner(
+    rows: Tensor, columns: Tensor, *, exact: bool = False, kernels: WindowKernels | None = None
+) -> Tensor:
     """``G X`` in float64.
 
     Args:
         rows: ``[m, n]``, float32, float64 or bfloat16.
         columns: ``[n, K]``, of any floating-point type.
         exact: Whether products and sums are in float64; else chunk sums in float32.
+        kernels: For one column, unless ``exact``: what takes the pass instead.
 
     Returns:
         ``[m, K]``, float64.
     """
     m, n = rows.shape
+    if kernels is not None and not exact and columns.shape[1] == 1:
+        return kernels.inner(rows, columns[:, 0])[:, None]
     out = torch.zeros((m, columns.shape[1]), dtype=F64, device=rows.device)
     if rows.dtype == F64:
         return out.addmm_(rows, columns.to(F64)) if n else out
@@ -75,7 +82,14 @@ def _converted_inner(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def combination(rows: Tensor, coefficients: Tensor, out: Tensor, *, exact: bool = False) -> None:
+def combination(
+    rows: Tensor,
+    coefficients: Tensor,
+    out: Tensor,
+    *,
+    exact: bool = False,
+    kernels: WindowKernels | None = None,
+) -> None:
     """Writes ``G^T C``.
 
     Args:
@@ -83,7 +97,11 @@ def combination(rows: Tensor, coefficients: Tensor, out: Tensor, *, exact: bool 
         coefficients: ``[m, K]``, float64.
         out: ``[K, n]``, the transpose of the result, in float32 or float64.
         exact: Whether products and sums are in float64.
+        kernels: For one column, unless ``exact``: what takes the pass instead.
     """
+    if kernels is not None and not exact and len(out) == 1:
+        kernels.combination(rows, coefficients[:, 0], out[0])
+        return
     if exact and rows.dtype != F64:
         for start, stop, chunk in converted(rows, F64):
             out[:, start:stop] = coefficients.mT @ chunk

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import chosen_examples, require_independent
+from curvlib.core.exhausted import names_what_fits
 from curvlib.core.random import generator_of
 from curvlib.core.risk import Risk
 from curvlib.operators.gradients import (
@@ -176,7 +177,8 @@ class _Stream:
             stop = int(torch.searchsorted(chosen, first + size))
             for start in range(done, stop, self.block):
                 numbers = chosen[start : min(start + self.block, stop)]
-                with self.risk.untouched():
+                told = names_what_fits("rows of gradients", {"rows": len(numbers)})
+                with told, self.risk.untouched():
                     where = (numbers - first).to(self.risk.device)
                     rows = self._rows(chosen_examples(batch, where))
                 if not bool(torch.isfinite(rows.sum())):

@@ -31,10 +31,12 @@ from curvlib.operators.window_arguments import (
     finite_rows,
     part_lengths,
     require_dtype,
+    require_fused,
     require_memory,
     require_size,
     require_storage,
 )
+from curvlib.operators.window_kernels import WindowKernels
 
 F64 = torch.float64
 
@@ -57,6 +59,9 @@ class Window:
         storage: ``"cpu"`` keeps the rows in host memory (pinned for CUDA), in blocks of columns
             that are brought to the device one after the other, once for each product. By default
             rows live on ``device``.
+        fused: Whether passes on a CUDA device are kernels of curvlib's own (see
+            :mod:`curvlib.operators.window_kernels`), which need CuPy. ``None``: where they can be
+            had; numbers are the same within rounding.
 
     Attributes:
         count: Rows that are held.
@@ -64,7 +69,9 @@ class Window:
 
     Raises:
         TypeError: If ``dtype`` is none of the three, or an argument is of the wrong type.
-        ValueError: If a number is not positive, or ``parts`` do not add up.
+        ValueError: If a number is not positive, ``parts`` do not add up, or ``fused`` is asked for
+            where no kernel is.
+        ImportError: If ``fused`` is asked for and CuPy is missing.
         MemoryError: If the window does not fit; the message says what would.
 
     Example:
@@ -85,6 +92,7 @@ class Window:
         device: torch.device | str = "cpu",
         parts: Sequence[int] | None = None,
         storage: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.length = require_size("length", length)
         self.size = require_size("size", size)
@@ -93,6 +101,9 @@ class Window:
         self.storage = require_storage(storage)
         self.parts = part_lengths(parts, self.length)
         self.version = 0
+        self.fused = require_fused(fused, self.dtype, self.device, self.storage)
+        fits = self.fused is not False and self.storage is None
+        self._kernels = WindowKernels.of(self.dtype, self.device) if fits else None
         self._allocate()
 
     def _allocate(self) -> None:
@@ -190,7 +201,8 @@ class Window:
         shape = (len(self.parts), self.count, columns.shape[1])
         out = torch.zeros(shape, dtype=F64, device=self.device)
         for part, start, stop, rows in self.pieces():
-            out[part] += row_products.inner(rows, columns[start:stop], exact=exact)
+            x = columns[start:stop]
+            out[part] += row_products.inner(rows, x, exact=exact, kernels=self._kernels)
         return out
 
     def combination(self, coefficients: Tensor, *, exact: bool = False) -> Tensor:
@@ -202,7 +214,8 @@ class Window:
         shape = (coefficients.shape[2], self.length)
         out = torch.empty(shape, dtype=dtype, device=self.device)
         for part, start, stop, rows in self.pieces():
-            row_products.combination(rows, coefficients[part], out[:, start:stop], exact=exact)
+            target, weights = out[:, start:stop], coefficients[part]
+            row_products.combination(rows, weights, target, exact=exact, kernels=self._kernels)
         return out.mT
 
     # ------------------------------------------------------------------ changing
@@ -247,6 +260,10 @@ class Window:
         slots += self._order[:reused]
         self._order = self._order[reused:] + slots
         self.version += 1
+        if k == 1 and self._kernels is not None:
+            self._rounded.add(slots[0])
+            self._push(self._kernels, new[0].contiguous(), slots[0])
+            return
         for (_, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
             for row, slot in zip(new, slots, strict=True):
                 block[slot].copy_(row[start:stop], non_blocking=True)
@@ -254,6 +271,14 @@ class Window:
         self._rounded -= set(slots)
         self._rounded |= set() if exact else set(slots)
         self._compute_gram(new, slots, exact=exact)
+
+    def _push(self, kernels: WindowKernels, row: Tensor, slot: int) -> None:
+        """Writes a row and its Gram entries, reading the others once."""
+        shape = (len(self.parts), self.count, 1)
+        products = torch.empty(shape, dtype=F64, device=self.device)
+        for (part, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
+            products[part, :, 0] = kernels.push(block, self.count, slot, row[start:stop])
+        window_gram.write(self._gram, products, [slot])
 
     def _compute_gram(self, new: Tensor, slots: list[int], *, exact: bool) -> None:
         """Writes rows and columns of the Gram matrices, from the stored rows, in one pass."""
@@ -331,7 +356,7 @@ class Window:
         """
         other = Window(
             self.length, size, dtype=self.dtype, device=self.device, parts=self.parts,
-            storage=self.storage,
+            storage=self.storage, fused=self.fused,
         )  # fmt: skip
         other.load_state_dict(self.state_dict())
         self.size, self._blocks, self._gram = other.size, other._blocks, other._gram

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.cupy_arrays import require_cupy
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -41,6 +43,24 @@ def require_storage(storage: Any) -> str | None:
             f"storage= is 'cpu' (rows in host memory) or None (on the device), got {storage!r}"
         )
     return None if storage is None else "cpu"
+
+
+def require_fused(
+    fused: Any, dtype: torch.dtype, device: torch.device, storage: str | None
+) -> bool | None:
+    """Whether passes are kernels; where they must be, that they can be."""
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(f"fused= is True, False or None (where it can be), got {fused!r}")
+    if fused:
+        if device.type != "cuda" or storage == "cpu" or dtype == torch.float64:
+            where = "rows in host memory" if storage == "cpu" else f"{dtype} rows on {device}"
+            raise ValueError(
+                "fused=True is for float32 or bfloat16 rows on a CUDA device, got "
+                f"{where.removeprefix('torch.')}; leave it out, and torch's passes are taken"
+            )
+        require_cupy()
+    known: bool | None = fused
+    return known
 
 
 def part_lengths(parts: Sequence[int] | None, length: int) -> tuple[int, ...]:

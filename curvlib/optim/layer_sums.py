@@ -124,11 +124,12 @@ def batch_curvature(
 
     See :func:`~curvlib.operators.recorded.factor_of_squares` for the scale.
     """
-    factor = float(
-        factor_of_squares(pending["terms"], sampled=sampled, sum_of_terms=sum_of_terms, ranks=ranks)
+    scale = factor_of_squares(
+        pending["terms"], sampled=sampled, sum_of_terms=sum_of_terms, ranks=ranks
     )
     names = [f"{layer.name}|{role}" for layer in layers for role in layer.roles]
-    counted = torch.stack([pending[f"{name}|count"] for name in names]).tolist()
+    read = torch.stack([scale.double(), *(pending[f"{name}|count"].double() for name in names)])
+    factor, *counted = read.tolist()  # waits for the device once
     counts = dict(zip(names, counted, strict=True))
     out: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     for layer in layers:

@@ -52,7 +52,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.operators.gradient_window import GradientWindow, Prepared, norm
+from curvlib.operators.gradient_window import GradientWindow, Prepared
 from curvlib.operators.window_arguments import require_dtype
 from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, number, positive
 from curvlib.optim.rules import mfac as rule
@@ -248,8 +248,9 @@ class MFAC(CurvatureOptimizer):
         damping, relative = number(group, "damping"), group["relative"]
         direction = window.direction(damping, relative)
         wanted, trust = 1.0, group["trust"]
-        if group["norm_matching"] and (length := norm(direction)) > 0:
-            wanted = window.newest_norm() / length
+        if group["norm_matching"]:
+            own, length = window.lengths_of(direction)
+            wanted = own / length if length > 0 else 1.0
         factor = rule.factor(
             wanted,
             quadratic=0.0 if trust is None else window.quadratic(damping, relative),

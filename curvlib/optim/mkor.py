@@ -315,11 +315,9 @@ class MKOR(CurvatureOptimizer):
         return True
 
     def _cost_of_steps(self) -> float:
-        rows = [
-            (layer, float(self.pending[f"{name}|rows"]) / self.replicas)
-            for name, layer in self._watch.layers.items()
-            if f"{name}|rows" in self.pending
-        ]
+        seen = {n: layer for n, layer in self._watch.layers.items() if f"{n}|rows" in self.pending}
+        counts = torch.stack([self.pending[f"{n}|rows"] for n in seen]).tolist() if seen else []
+        rows = [(x, count / self.replicas) for x, count in zip(seen.values(), counts, strict=True)]
         return cost_of_steps(rows, interval=self.interval, vectors=self.vectors)
 
     def _group_of(self, layer: FactoredLayer) -> dict[str, Any]:

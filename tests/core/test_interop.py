@@ -1,9 +1,6 @@
-"""Operators that cross to SciPy, CuPy and DLPack, and back."""
+"""Operators that cross to SciPy and DLPack, and back."""
 
 from __future__ import annotations
-
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ import scipy.sparse.linalg as spla
 import torch
 
 import curvlib as cl
-from curvlib.core import interop
 
 F64 = torch.float64
 
@@ -110,71 +106,3 @@ def test_dlpack_refuses():
         cl.to_dlpack([1.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected an array that has __dlpack__.*got list"):
         cl.from_dlpack([1.0])
-
-
-# ------------------------------------------------------------------------- CuPy
-@pytest.fixture
-def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy and SciPy in CuPy's place: the same names, on the CPU."""
-    cupy, sparse = ModuleType("cupy"), ModuleType("cupyx.scipy.sparse.linalg")
-    cupy.from_dlpack = np.from_dlpack  # type: ignore[attr-defined]
-    cupy.ascontiguousarray = np.ascontiguousarray  # type: ignore[attr-defined]
-    cupy.dtype = np.dtype  # type: ignore[attr-defined]
-    sparse.LinearOperator = spla.LinearOperator  # type: ignore[attr-defined]
-    sparse.aslinearoperator = spla.aslinearoperator  # type: ignore[attr-defined]
-    for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.sparse"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["cupyx.scipy.sparse"].linalg = sparse  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse.linalg", sparse)
-    monkeypatch.setattr(interop, "_require_cuda", lambda device: None)
-
-
-@pytest.mark.usefixtures("fake_cupy")
-def test_cupy_products_agree_with_dense():
-    A = _matrix(5, 3)
-    C = cl.to_cupy(A)
-    X, y = np.random.default_rng(0).normal(size=(3, 4)), np.arange(5.0)
-    np.testing.assert_allclose(C.matmat(X), A.numpy() @ X, rtol=1e-14)
-    np.testing.assert_allclose(C.matvec(X[:, 0]), A.numpy() @ X[:, 0], rtol=1e-14)
-    np.testing.assert_allclose(C.rmatvec(y), A.numpy().T @ y, rtol=1e-14)
-    assert C.dtype == np.float64
-
-
-@pytest.mark.usefixtures("fake_cupy")
-def test_from_cupy_and_back():
-    A = _matrix(4, 6)
-    op = cl.from_cupy(A.numpy(), device="cpu")
-    torch.testing.assert_close(op.to_dense(), A, rtol=0, atol=0)
-    torch.testing.assert_close(op.T.to_dense(), A.T, rtol=0, atol=0)
-    back = cl.from_cupy(cl.to_cupy(op), device="cpu")
-    torch.testing.assert_close(back.to_dense(), A, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="expected a real matrix, got complex128"):
-        cl.from_cupy(np.eye(2) * 1j, device="cpu")
-
-
-def test_cupy_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"pip install 'curvlib\[cupy\]'"):
-        cl.to_cupy(torch.eye(2))
-
-
-@pytest.mark.usefixtures("fake_cupy")
-def test_cupy_needs_cuda(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="CuPy works on CUDA devices, got cpu"):
-        interop._require_cuda(torch.device("cpu"))
-
-
-@pytest.mark.gpu
-def test_cupy_on_a_gpu():
-    cupy = pytest.importorskip("cupy")
-    from cupyx.scipy.sparse.linalg import eigsh
-
-    A = _matrix(64, 64)
-    A = (A + A.T).cuda()
-    values = eigsh(cl.to_cupy(A), k=3, which="LA", return_eigenvectors=False)
-    expected = torch.linalg.eigvalsh(A)[-3:].cpu().numpy()
-    np.testing.assert_allclose(np.sort(cupy.asnumpy(values)), expected, rtol=1e-8)
-    back = cl.from_cupy(cupy.from_dlpack(A))
-    torch.testing.assert_close(back @ A[:, :2], A @ A[:, :2])

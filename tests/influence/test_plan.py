@@ -8,9 +8,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvlib as cl
+from curvlib.core.plan import Plan
 from curvlib.core.result import Result
 from curvlib.influence.influence import Influence
-from curvlib.influence.plan import Plan, plan, planned
+from curvlib.influence.plan import plan, planned
 from curvlib.influence.queries import fitting_directions, query_risk
 from curvlib.operators.example_scores import example_scores
 from curvlib.operators.known_examples import known_examples

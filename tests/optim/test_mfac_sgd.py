@@ -270,7 +270,7 @@ def test_no_direction_is_longer_than_the_number_of_rows(
         u = torch.linalg.solve(dense, row)
         assert 0 < quadratic < c
         assert quadratic == pytest.approx(float(row @ u), rel=1e-6)
-        assert window.newest_norm() == pytest.approx(float(row.norm()), rel=1e-12)
+        assert window.lengths_of(row)[0] == pytest.approx(float(row.norm()), rel=1e-12)
         every = [float(g @ torch.linalg.solve(dense, g)) for g in rows]
         effective = float(torch.linalg.solve(dense, F0).trace())
         assert sum(every) / c == pytest.approx(effective, rel=1e-6)

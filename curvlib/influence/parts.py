@@ -1,0 +1,224 @@
+r"""Influence of training data that several processes hold: scans of shards, merged once.
+
+Queries and their directions are the same on every rank. A rank scores its own examples, whose
+numbers begin where those of the ranks before it end, and keeps its best; then the kept scores are
+gathered, so that all ranks have what one process would have found. For :math:`Q` queries of which
+:math:`k` scores are kept, a rank sends about :math:`16 Q k` bytes (numbers and scores) at the end,
+and for layers and tokens :math:`2 Q k (B + T)` numbers. The examples stay where they are.
+
+An unfinished scan is kept in a file for each rank beside the named one, and goes on with the same
+number of ranks; the merged result is in the named file, for any number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlib.core.group import Group
+from curvlib.core.risk import Risk
+from curvlib.core.run import Progress, run
+from curvlib.influence.details import Details
+from curvlib.influence.scan import Scan, ScanState, ranked
+from curvlib.operators.batch_examples import example_count
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The examples of this process among all training examples.
+
+    Attributes:
+        risk: Their risk, which does not communicate.
+        first: Number of the first one.
+        counts: Examples of each rank; ``None`` where there is one process, which need not know.
+        group: The ranks.
+    """
+
+    risk: Risk
+    first: int = 0
+    counts: tuple[int, ...] | None = None
+    group: Group | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether this process has no example."""
+        if self.group is None or self.counts is None:
+            return False
+        return self.counts[self.group.rank] == 0
+
+    def gathered(self, own: Callable[[], Tensor], empty: Callable[[], Tensor]) -> Tensor:
+        """Rows ``[n, ...]`` of this process's examples, and those of the others around them.
+
+        Args:
+            own: Computes them.
+            empty: Makes none of them, of the same type and trailing shape.
+        """
+        if self.group is None:
+            return own()
+        rows = empty()
+        with self.group.together("scoring its examples"):
+            if not self.empty:
+                rows = own()
+        return torch.cat(self.group.rows(rows.contiguous()))
+
+
+def own_part(risk: Risk) -> Part:
+    """The examples that are this process's: all of a risk of one process."""
+    group = risk.group
+    if group is None:
+        return Part(risk)
+    own = 0
+    with group.together("counting its examples"):
+        own = sum(example_count(batch) for batch in risk.batches(shard=True))
+    counts = tuple(int(n) for (n,) in group.numbers([float(own)]))
+    return Part(risk.alone(), sum(counts[: group.rank]), counts, group)
+
+
+def whole_part(risk: Risk) -> Part:
+    """The examples of a risk of one process.
+
+    Raises:
+        ValueError: If it belongs to several.
+    """
+    if risk.group is not None:
+        raise ValueError(
+            f"all scores of a pass are for one process, and the risk belongs to {risk.group.size}: "
+            "use Influence.top, which they share, or give each process its own part, with "
+            "Risk(..., group=False) and chosen="
+        )
+    return Part(risk)
+
+
+def scanned(
+    scan: Scan,
+    part: Part,
+    *,
+    problem: Callable[[], str],
+    settings: Mapping[str, Any],
+    checkpoint: str | os.PathLike[str] | None,
+    save_every: float,
+    progress: Progress,
+) -> ScanState:
+    """Runs a scan to its end, over the examples of all processes.
+
+    Raises:
+        RuntimeError: If another rank fails.
+    """
+    if part.group is None:
+        return run(
+            scan.init,
+            scan.step,
+            state_type=ScanState,
+            done=lambda state: state.done,
+            report=scan.report,
+            title="influence",
+            checkpoint=checkpoint,
+            problem=problem,
+            settings=settings,
+            save_every=save_every,
+            progress=progress,
+        )
+    group = part.group
+    same = "" if checkpoint is None else problem()
+    beside = None
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        beside = path.with_name(f"{path.name}.rank{group.rank}of{group.size}")
+
+    def own_scan() -> ScanState:
+        if part.empty:
+            return replace(scan.init(), done=True)
+        return run(
+            scan.init,
+            scan.step,
+            state_type=ScanState,
+            done=lambda state: state.done,
+            report=scan.report,
+            title="influence",
+            checkpoint=beside,
+            problem=lambda: same,
+            settings={**settings, "first": part.first, "examples": list(part.counts or ())},
+            save_every=save_every,
+            progress=progress if group.first else False,
+        )
+
+    def whole(_: ScanState) -> ScanState:
+        own = scan.init()
+        failure = None
+        try:
+            own = own_scan()
+        except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
+            failure = error
+        group.require_success(failure, "its part of a scan")
+        out = merged(group, own, scan)
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        return out
+
+    return run(
+        scan.init,
+        whole,
+        state_type=ScanState,
+        done=lambda state: state.done,
+        report=lambda state: (float(state.done), 1.0, ""),
+        title="influence",
+        checkpoint=checkpoint,
+        problem=lambda: same,
+        settings=settings,
+        save_every=0.0,
+        progress=False,
+        group=group,
+    )
+
+
+def merged(group: Group, own: ScanState, scan: Scan) -> ScanState:
+    """What one process would have kept, on every rank; numbers ascend with ranks, as ties need."""
+    sides = {}
+    for name, k, descending in (("top", scan.k, True), ("bottom", scan.bottom, False)):
+        scores = _columns(group, getattr(own, f"{name}_scores"))
+        indices = _columns(group, getattr(own, f"{name}_indices"))
+        best = ranked(scores, k, descending=descending)
+        sides[f"{name}_indices"] = indices.gather(1, best.indices)
+        sides[f"{name}_scores"] = best.scores
+    told = group.values([own.batch, own.examples, own.alone])
+    batches, examples, alone = zip(*told, strict=True)
+    keys = torch.cat(group.rows(own.sample_keys))
+    kept = keys.sort(stable=True).indices[: scan.sample]
+    totals = group.rows(torch.stack([own.total, own.squares]))
+    total, squares = torch.stack(totals).sum(0)
+    return replace(
+        own,
+        **sides,
+        batch=sum(batches),
+        seen=sum(examples),
+        examples=sum(examples),
+        alone=any(alone),
+        done=True,
+        total=total,
+        squares=squares,
+        sample_keys=keys[kept],
+        sample_scores=_columns(group, own.sample_scores)[:, kept],
+    )
+
+
+def _columns(group: Group, own: Tensor) -> Tensor:
+    """``[Q, m_r]`` of all ranks beside each other."""
+    return torch.cat(group.rows(own.mT.contiguous())).mT.contiguous()
+
+
+def joined_details(group: Group, own: Details) -> Details:
+    """Parts of kept scores, each from the rank that has the example; zero elsewhere."""
+    width = int(group.most([float(own.tokens.shape[2])])[0])
+    wide = torch.nn.functional.pad(own.tokens, (0, width - own.tokens.shape[2]))
+    return Details(
+        group.add(own.scores),
+        group.add(own.layers),
+        group.add(wide) if wide.numel() else wide,
+        group.add(own.counts),
+    )

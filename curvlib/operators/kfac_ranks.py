@@ -1,0 +1,216 @@
+r"""A fit of Kronecker factors on several processes: sums of shards, eigenvectors layer by layer.
+
+Each rank goes over its shard by itself. A pass ends with one sum over ranks for each type of
+number; then each rank decomposes the factors of some layers (those that cost the most first, to
+the rank that has least to do) and sends their eigenvectors to the others. For :math:`R` ranks and
+layers of :math:`O` outputs and :math:`I` inputs, a rank sends about
+
+=============  ======================================================================
+factors        :math:`2 \frac{R - 1}{R} \sum (O^2 + I^2)` numbers
+eigenvectors   :math:`\sum_\text{own} (O^2 + I^2)` numbers to each of the others
+eigenvalues    :math:`2 \frac{R - 1}{R} \sum O I` numbers
+=============  ======================================================================
+
+and decomposes about :math:`\frac 9 R \sum (O^3 + I^3)` floating-point operations' worth; it holds
+all factors.
+
+Checkpoints are two: the state after each pass, the same on all ranks, which the first one writes to
+the file that was named and from which any number of ranks goes on, one included; and for each rank
+a file beside it, with its part of the pass, for the same number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvlib.core.group import Group
+from curvlib.core.run import Progress, run
+from curvlib.operators.kfac_state import DONE, FitState
+
+if TYPE_CHECKING:
+    from curvlib.operators.kfac_fit import Fit
+
+SIDES = ("left", "right")
+
+
+def decomposed(
+    factors: Mapping[str, Tensor], dtype: torch.dtype, group: Group | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Eigenvalues (float64) and eigenvectors of factors; what is diagonal has no eigenvectors.
+
+    Args:
+        factors: Symmetric ``[G, d, d]``, or diagonals ``[G, d]``, float64, the same on all ranks.
+        dtype: Of the eigenvectors.
+        group: The ranks among which the work is divided.
+    """
+    dense = {key: factor for key, factor in factors.items() if factor.ndim == 3}
+    values = {key: factor for key, factor in factors.items() if factor.ndim == 2}
+    bases: dict[str, Tensor] = {}
+    owners = _owners(dense, 1 if group is None else group.size)
+    own = [key for key, rank in owners.items() if group is None or rank == group.rank]
+
+    def decompose() -> None:
+        for key in own:
+            found, vectors = torch.linalg.eigh(dense[key])
+            values[key], bases[key] = found.clamp_(min=0.0), vectors.to(dtype)
+
+    if group is None:
+        decompose()
+    else:
+        with group.together("its eigendecompositions"):
+            decompose()
+        for key, rank in owners.items():
+            factor = dense[key]
+            value = values[key] if rank == group.rank else factor.new_empty(factor.shape[:2])
+            basis = bases[key] if rank == group.rank else torch.empty_like(factor, dtype=dtype)
+            values[key] = group.from_rank(value.contiguous(), rank)
+            bases[key] = group.from_rank(basis.contiguous(), rank)
+    return {key: values[key] for key in factors}, {key: bases[key] for key in dense}
+
+
+def _owners(factors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Which rank decomposes which factor: the costliest first, to the rank with the least work."""
+    work = [0.0] * ranks
+    out = {}
+    cost = {key: factor.shape[0] * float(factor.shape[1]) ** 3 for key, factor in factors.items()}
+    for key in sorted(cost, key=lambda key: (-cost[key], key)):
+        out[key] = work.index(min(work))
+        work[out[key]] += cost[key]
+    return out
+
+
+def fitted_by_ranks(
+    fit: Fit,
+    group: Group,
+    settings: Mapping[str, Any],
+    checkpoint: str | os.PathLike[str] | None,
+    save_every: float,
+    progress: Progress,
+) -> FitState:
+    """Runs a fit over the shards of all ranks: passes of each, joined at their ends.
+
+    Raises:
+        RuntimeError: If another rank fails.
+    """
+    problem = "" if checkpoint is None else fit.risk.fingerprint()
+    beside = None
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        beside = path.with_name(f"{path.name}.rank{group.rank}of{group.size}")
+    fit.prefix = _own_prefix(fit, group)
+
+    def one_pass(state: FitState) -> FitState:
+        own, failure = state, None
+        try:
+            own = run(
+                lambda: _begun(state),
+                fit.step,
+                state_type=FitState,
+                done=lambda state: state.ended,
+                report=fit.report,
+                title="K-FAC",
+                checkpoint=beside,
+                problem=lambda: problem,
+                settings={**settings, "pass": state.phase, "rank": group.rank},
+                device=fit.risk.space.device,
+                save_every=save_every,
+                progress=progress if group.first else False,
+            )
+        except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
+            failure = error
+        group.require_success(failure, "its part of a fit")
+        return fit.concluded(_joined(group, state, own))
+
+    def finished(state: FitState) -> FitState:
+        if state.ended:  # in one process, which is where the checkpoint is from
+            return fit.concluded(state)
+        out = one_pass(state)
+        group.wait()
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        return out
+
+    return run(
+        fit.init,
+        finished,
+        state_type=FitState,
+        done=lambda state: state.phase == DONE,
+        report=lambda state: (float(state.phase), float(DONE), ""),
+        title="K-FAC",
+        checkpoint=checkpoint,
+        problem=lambda: problem,
+        settings=settings,
+        device=fit.risk.space.device,
+        save_every=0.0,
+        progress=False,
+        group=group,
+    )
+
+
+def _begun(state: FitState) -> FitState:
+    """A rank's state at the beginning of a pass: sums and counts of its own, from zero."""
+    return replace(
+        state,
+        batch=0,
+        weight=0.0,
+        examples=0,
+        sums={name: torch.zeros_like(total) for name, total in state.sums.items()},
+        counts=dict.fromkeys(state.counts, 0.0),
+        calls=dict.fromkeys(state.calls, 0),
+        uses={name: {} for name in state.uses},
+    )
+
+
+def _own_prefix(fit: Fit, group: Group) -> int | None:
+    """How many of the batches that factors are of are this rank's."""
+    if fit.settings.prefix is None:
+        return None
+    own = fit.total
+    if own is None:
+        own = sum(1 for _ in fit.risk.batches(shard=True))
+    counts = [int(n) for (n,) in group.numbers([float(own)])]
+    before = sum(counts[: group.rank])
+    return min(max(fit.settings.prefix - before, 0), own)
+
+
+def _joined(group: Group, before: FitState, own: FitState) -> FitState:
+    """The state of a pass over all data: sums over ranks, which each of them has afterwards."""
+    names = sorted(own.sums)
+    summed: dict[str, Tensor] = {}
+    for dtype in sorted({own.sums[name].dtype for name in names}, key=str):
+        members = [name for name in names if own.sums[name].dtype == dtype]
+        flat = group.add(torch.cat([own.sums[name].reshape(-1) for name in members]))
+        parts = flat.split([own.sums[name].numel() for name in members])
+        for name, part in zip(members, parts, strict=True):
+            summed[name] = part.view(own.sums[name].shape)
+    told = group.values(
+        [own.weight, own.examples, own.counts, own.calls, own.uses, own.alone, own.batch]
+    )
+    weights, examples, counts, calls, uses, alone, batches = zip(*told, strict=True)
+    return replace(
+        before,
+        batch=sum(batches),
+        weight=float(sum(weights)),
+        examples=sum(examples),
+        sums={name: summed[name] for name in own.sums},
+        counts={name: sum(each[name] for each in counts) for name in own.counts},
+        calls={name: sum(each[name] for each in calls) for name in own.calls},
+        uses={name: _added([each[name] for each in uses]) for name in own.uses},
+        alone=any(alone),
+        ended=True,
+    )
+
+
+def _added(parts: list[dict[str, int]]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.items():
+            out[name] = out.get(name, 0) + count
+    return out
