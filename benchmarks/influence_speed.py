@@ -13,7 +13,8 @@ sources of the standard library. Scores are about the linear layers of its block
     eigendecompositions, and corrected eigenvalues. The floor is one forward and backward pass over
     the training data, with gradients of the same parameters; a fit takes two of these, a scan one.
     "eigenvalues" of curvlib is the whole fit less the factors. kronfluence writes its factors and
-    scores to a temporary folder, as it always does.
+    scores to a temporary folder, as it always does. On one thread, seconds are those of the
+    processor, which other processes disturb least (waiting for the disk is not counted).
 ``memory``
     How much a fresh process grows while it looks for the top 10 of N, 2 N, 4 N, 8 N examples, at
     the first width.
@@ -373,9 +374,10 @@ def grow(args: argparse.Namespace) -> None:
 def _seconds(call: Callable[[], Any]) -> float:
     import time
 
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], list[dict[str, Any]]], dict[str, str]]] = {

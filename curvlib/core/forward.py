@@ -13,6 +13,9 @@ weight normalization    primitive operations: the derivative of the fused kernel
                         norms as constants, so its second derivatives are silently wrong
 ======================  =======================================================
 
+Passes that take first derivatives alone (``first_order=True``) keep fused attention: it never holds
+the matrix of all pairs of tokens.
+
 The model is left as it was, also after an exception: buffers are swapped for copies, which the
 pass may change; ``requires_grad`` is on for just the chosen parameters, and hooks on their
 gradients (clipping, say) are off; torch's random state is put back.
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,9 +37,20 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def arranged(
-    model: nn.Module, params: Mapping[str, Tensor], device: torch.device
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    first_order: bool = False,
 ) -> Iterator[None]:
-    """Arranges the model and the kernels for second derivatives with respect to ``params``."""
+    """Arranges the model and the kernels for second derivatives with respect to ``params``.
+
+    Args:
+        model: The model.
+        params: The parameters.
+        device: Where they are.
+        first_order: Whether first derivatives are enough: attention runs whatever kernel it would.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -44,7 +59,9 @@ def arranged(
         stack.enter_context(_requires_grad(model, params))
         stack.enter_context(_without_hooks(params))
         stack.enter_context(_copied_buffers(model))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_first_order(first_order))
+        if not first_order:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_fast_path())
         if has_weight_norm(model):
             stack.enter_context(_PrimitiveWeightNorm())
@@ -53,6 +70,23 @@ def arranged(
         if has_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+_FIRST_ORDER: ContextVar[bool] = ContextVar("first_order", default=False)
+
+
+@contextmanager
+def _first_order(on: bool) -> Iterator[None]:
+    token = _FIRST_ORDER.set(on)
+    try:
+        yield
+    finally:
+        _FIRST_ORDER.reset(token)
+
+
+def is_first_order() -> bool:
+    """Whether the innermost :func:`arranged` is for first derivatives alone."""
+    return _FIRST_ORDER.get()
 
 
 def has_recurrent(model: nn.Module) -> bool:

@@ -404,8 +404,11 @@ class Risk:
         """Batches and examples of this rank's shard; zeros before the first full pass."""
         return self._seen or (0, 0)
 
-    def untouched(self) -> AbstractContextManager[None]:
+    def untouched(self, *, first_order: bool = False) -> AbstractContextManager[None]:
         """Entered around a pass: second derivatives exist, and the model is left as it was.
+
+        Args:
+            first_order: Whether first derivatives are enough, so that attention may be fused.
 
         Raises:
             RuntimeError: If a parameter of the model was replaced since the risk was made.
@@ -418,7 +421,7 @@ class Risk:
                     f"parameter {name!r} was replaced by another tensor since this risk was made "
                     "(by assignment, or load_state_dict(assign=True)); make a new Risk"
                 )
-        arranged = passes.arranged(self.model, self._held, self.device)
+        arranged = passes.arranged(self.model, self._held, self.device, first_order=first_order)
         return pass_names_what_fits(lambda: self.reading, arranged)
 
     @contextmanager
@@ -491,7 +494,7 @@ class Risk:
             self.require_whole("this function")
         if params is not None:
             return self.replaced(params, lambda: self.call(data))
-        if self._noticed:
+        if self._noticed or passes.is_first_order():
             return self._forward(self.model, data)
         with passes.SpotAttention() as spot:
             output = self._forward(self.model, data)

@@ -24,21 +24,27 @@ so that the singular vectors are those of :math:`A_L^{1/2} D A_R^{1/2}`, and ``t
 relative error of scores in the root mean square. The inverse curvature in ``D`` makes directions
 along which there are hardly any gradients large; without the metric most of the rank goes there.
 
+A rank is shared by the layers (:func:`shared_ranks`): in the metric, singular values of all layers
+are in the unit of scores, and the largest for their memory are kept, so that the same memory as of
+one rank everywhere has the least error of the whole score. Each query shares its own.
+
 Memory decides where compression pays: a block whose factors would take no less than the matrices
 stays as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.random import generator_of
-from curvlib.influence.directions import BlockDirections
 from curvlib.influence.low_rank import CHUNK, LowRankDirections, joined
+from curvlib.influence.metric import Metric
+from curvlib.influence.solved import Solved
+from curvlib.operators.query_directions import BlockDirections
 
 #: The rank that adaptive compression tries first.
 _FIRST = 16
@@ -46,108 +52,164 @@ _FIRST = 16
 _UP = 1.0 + 1e-6
 
 
-#: Eigenvalues of a metric are no smaller than this, relative to their mean.
-_FLOOR = 1e-3
-
-
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """Roots of the second moments of gradients in one block, by their eigenvectors.
-
-    Attributes:
-        block: The eigenvectors.
-        left: Roots of eigenvalues, ``[G, O, 1]``.
-        right: The same of the other side, ``[G, 1, I]``.
-    """
-
-    block: KroneckerBlock
-    left: Tensor
-    right: Tensor
-
-    def weighted(self, D: Tensor) -> Tensor:
-        """Matrices ``[Q, G, O, I]`` in the metric."""
-        return self.block.rotated(D) * (self.left * self.right).to(D.dtype)
-
-    def restored(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors ``[G, O, R]`` and ``[G, R, I]`` of weighted matrices as those of matrices."""
-        left, right = left / self.left.to(left.dtype), right / self.right.to(right.dtype)
-        block = self.block
-        left = left if block.left is None else block.left @ left
-        return left, right if block.right is None else right @ block.right.mT
-
-
-def metric_of(block: KroneckerBlock) -> Metric | None:
-    """The metric of a curvature block: the product of its marginal eigenvalues.
-
-    ``None`` for a block without curvature.
-
-    Example:
-        >>> from curvlib.core.kronecker_blocks import Part
-        >>> values = torch.tensor([[[2.0, 4.0], [3.0, 6.0]]])
-        >>> metric = metric_of(KroneckerBlock("layer", (Part(0, 2),), None, None, values))
-        >>> bool(torch.allclose(metric.weighted(torch.ones(1, 1, 2, 2))[0] ** 2, values, rtol=0.01))
-        True
-    """
-    values = block.eigenvalues
-    mean = values.mean((1, 2), keepdim=True)
-    if not bool((mean > 0).all()):
-        return None
-    left = values.mean(2, keepdim=True) + _FLOOR * mean
-    right = values.mean(1, keepdim=True) / mean + _FLOOR
-    return Metric(block, left.sqrt(), right.sqrt())
-
-
 def compressed(
-    directions: BlockDirections,
+    solved: Mapping[str, Solved],
     *,
-    metric: Metric | None = None,
     rank: int | None = None,
     tolerance: float | None = None,
     oversampling: int = 10,
     iterations: int = 2,
     seed: int = 0,
-) -> BlockDirections:
+) -> dict[str, BlockDirections]:
     """Directions in less memory, where that is possible.
 
     Args:
-        directions: The directions of ``Q`` queries in one block.
-        metric: In which errors are least; the identity when omitted.
-        rank: The rank of each query; at most, with ``tolerance``. Grosse et al. use 32.
-        tolerance: How large the residual may be, relative to the norm of the direction: each query
-            gets the smallest rank that keeps it. With neither, directions stay as they are.
+        solved: The preconditioned gradients of ``Q`` queries, in all blocks.
+        rank: The mean rank over blocks, which is shared by them (see above); the largest of each,
+            with ``tolerance``. Grosse et al. use 32.
+        tolerance: How large the residual may be, relative to the norm of the direction: in each
+            block, each query gets the smallest rank that keeps it. With neither, directions stay
+            as they are.
         oversampling: Columns beyond the rank.
         iterations: Power iterations; more sharpen a flat spectrum.
         seed: Of the random matrix.
 
     Returns:
-        Low-rank directions; or what was given, where they would take as much memory.
+        Low-rank directions by block; dense ones, where they would take as much memory.
 
     Raises:
         ValueError: If a number is out of range.
 
     Example:
-        >>> from curvlib.influence.directions import DenseDirections
-        >>> D = DenseDirections(torch.ones(3, 1, 50, 40, dtype=torch.float64))
-        >>> low = compressed(D, tolerance=1e-6)
-        >>> low.ranks.tolist(), low.bytes < D.bytes / 10
+        >>> D = Solved(torch.ones(3, 1, 50, 40, dtype=torch.float64), None)
+        >>> low = compressed({"layer": D}, tolerance=1e-6)["layer"]
+        >>> low.ranks.tolist(), low.bytes < D.dense().bytes / 10
         ([1, 1, 1], True)
     """
     require_compression(rank, tolerance, oversampling, iterations)
-    if rank is None and tolerance is None:
-        return directions
-    _, O, I = directions.shape  # noqa: E741 (the axes of outputs and inputs)
-    if tolerance is None and rank is not None and rank * (O + I) >= O * I:
-        return directions
-    found = low_rank(
-        directions.dense(),
-        metric=metric,
-        rank=rank,
-        tolerance=tolerance,
-        oversampling=oversampling,
-        iterations=iterations,
-        seed=seed,
+    small: dict[str, Solved] = {}
+    if tolerance is not None:
+        small = dict(solved)
+    elif rank is not None:
+        for name, own in solved.items():
+            _, _, O, I = own.matrices.shape  # noqa: E741 (the axes of outputs and inputs)
+            if rank * (O + I) < O * I:
+                small[name] = own
+    settings = (oversampling, iterations, seed)
+    found = dict[str, LowRankDirections]()
+    if tolerance is None and rank is not None and len(small) > 1:
+        found = _sharing(small, rank, settings)
+    else:
+        for name, own in small.items():
+            found[name] = low_rank(
+                own.matrices,
+                metric=own.metric(),
+                rank=rank,
+                tolerance=tolerance,
+                oversampling=oversampling,
+                iterations=iterations,
+                seed=seed,
+            )
+    out: dict[str, BlockDirections] = {}
+    for name, own in solved.items():
+        low = found.get(name)
+        dense = own.matrices.numel() * own.matrices.element_size()
+        out[name] = own.dense() if low is None or low.bytes >= dense else _restored(low, own)
+    return out
+
+
+def _restored(low: LowRankDirections, own: Solved) -> LowRankDirections:
+    """Directions in the eigenbasis of a block as those of parameters.
+
+    Norms are the same up to rounding, by which the residual is raised.
+    """
+    if own.block is None:
+        return low
+    left, right = own.block.left, own.block.right
+    norms = torch.linalg.vector_norm(own.matrices.flatten(1), dim=1).double()
+    return replace(
+        low,
+        left=low.left if left is None else left @ low.left,
+        right=low.right if right is None else low.right @ right.mT,
+        residual=low.residual * _UP + torch.finfo(low.left.dtype).eps * norms,
     )
-    return found if found.bytes < directions.bytes else directions
+
+
+def _sharing(
+    solved: Mapping[str, Solved], rank: int, settings: tuple[int, int, int]
+) -> dict[str, LowRankDirections]:
+    """Low-rank directions whose ranks are shared by blocks."""
+    full = {name: min(own.matrices.shape[2:]) for name, own in solved.items()}
+    costs = {name: sum(own.matrices.shape[2:]) for name, own in solved.items()}
+    costs = {name: cost * solved[name].matrices.shape[1] for name, cost in costs.items()}
+    metrics = {name: own.metric() for name, own in solved.items()}
+    widths = {name: min(2 * rank, n) for name, n in full.items()}
+    triples: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    while True:
+        for name in solved.keys() - triples.keys():
+            W = _finite(solved[name].matrices)
+            metric = metrics[name]
+            W = W if metric is None else metric.weighted(W)
+            triples[name] = range_svd(W, widths[name], *settings)
+        values = {name: S.double().square().sum(1) for name, (_, S, _) in triples.items()}
+        ranks = shared_ranks(values, costs, rank)
+        # all that was found is wanted of these, and perhaps there is more
+        more = [n for n, r in ranks.items() if int(r.max()) == widths[n] < full[n]]
+        if not more:
+            break
+        for name in more:
+            widths[name] = min(2 * widths[name], full[name])
+            del triples[name]
+    return {
+        name: _truncated(own.matrices, triples[name], ranks[name], metrics[name])
+        for name, own in solved.items()
+    }
+
+
+def shared_ranks(
+    values: Mapping[str, Tensor], costs: Mapping[str, int], rank: int
+) -> dict[str, Tensor]:
+    """How many singular values each query keeps of each block.
+
+    Args:
+        values: Squares of singular values in the metric, descending, ``[Q, k]`` by block.
+        costs: Numbers that one of them takes, by block.
+        rank: The memory is that of this many of each block.
+
+    Returns:
+        Ranks ``[Q]``, int64 on the CPU, by block.
+
+    Example:
+        >>> values = {"a": torch.tensor([[9.0, 4.0, 3.0]]), "b": torch.tensor([[2.0, 1.0, 0.0]])}
+        >>> {n: r.tolist() for n, r in shared_ranks(values, {"a": 1, "b": 1}, 2).items()}
+        {'a': [3], 'b': [1]}
+    """
+    names = list(values)
+    each = torch.cat([values[n].cpu() / costs[n] for n in names], 1)
+    lengths = torch.tensor([values[n].shape[1] for n in names])
+    owners = torch.arange(len(names)).repeat_interleave(lengths)
+    price = torch.tensor([costs[n] for n in names])[owners]
+    order = each.argsort(dim=1, descending=True, stable=True)
+    spent = price[order].cumsum(1) <= rank * sum(costs.values())
+    kept = torch.zeros_like(spent).scatter_(1, order, spent)
+    return {n: part.sum(1) for n, part in zip(names, kept.split(lengths.tolist(), 1), strict=True)}
+
+
+def _truncated(
+    D: Tensor, triples: tuple[Tensor, Tensor, Tensor], ranks: Tensor, metric: Metric | None
+) -> LowRankDirections:
+    """Low-rank directions of matrices from the singular triples of weighted ones."""
+    U, S, V = triples
+    lefts, rights, rest = [], [], []
+    for q, r in enumerate(ranks.tolist()):
+        left, right = U[q, ..., :r] * S[q, :, None, :r], V[q, :, :r]
+        if metric is not None:
+            left, right = metric.unweighted(left, right)
+        lefts.append(left)
+        rights.append(right)
+        rest.append(_residual(D[q], left, right))
+    residual = torch.tensor(rest, dtype=torch.float64, device=D.device)
+    return LowRankDirections(torch.cat(lefts, 2), torch.cat(rights, 1), ranks, residual)
 
 
 def require_compression(
@@ -196,12 +258,7 @@ def low_rank(
         raise TypeError(f"expected directions in float32 or float64, got {matrices.dtype}")
     if matrices.ndim != 4 or not len(matrices):
         raise ValueError(f"expected matrices [Q, G, O, I], Q > 0, got {list(matrices.shape)}")
-    bad = (~torch.isfinite(matrices.flatten(1)).all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        raise FloatingPointError(
-            f"the directions of queries {bad[:6]} have entries that are NaN or infinite: their "
-            "gradients are, or the damping is too small"
-        )
+    _finite(matrices)
     full = min(matrices.shape[2:])
     cap = full if rank is None else min(rank, full)
     tau = 0.0 if tolerance is None else tolerance
@@ -215,6 +272,18 @@ def low_rank(
     found = joined(parts)
     assert isinstance(found, LowRankDirections)
     return found
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """The matrices, if all are finite."""
+    if not bool(torch.isfinite(matrices.sum())):
+        bad = (~torch.isfinite(matrices.flatten(1)).all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise FloatingPointError(
+                f"the directions of queries {bad[:6]} have entries that are NaN or infinite: their "
+                "gradients are, or the damping is too small"
+            )
+    return matrices
 
 
 def _chunk(
@@ -243,8 +312,8 @@ def _chunk(
                 again.append(q)
                 continue
             if metric is not None:
-                left, right = metric.restored(left, right)
-            rest = [_residual(D[q], left, right) * _UP]
+                left, right = metric.unweighted(left, right)
+            rest = [_residual(D[q], left, right)]
             residual = torch.tensor(rest, dtype=torch.float64, device=D.device)
             parts[q] = LowRankDirections(left, right, torch.tensor([rank]), residual)
         todo, width = again, min(2 * width, cap)
@@ -288,6 +357,6 @@ def _smallest(S: Tensor, norm: Tensor, limit: float, width: int) -> int:
 
 
 def _residual(D: Tensor, left: Tensor, right: Tensor) -> float:
-    """The Frobenius norm of what is left out, in float64."""
+    """The Frobenius norm of what is left out, in float64, rounded up."""
     rest = D.double() - left.double() @ right.double()
-    return float(torch.linalg.vector_norm(rest))
+    return float(torch.linalg.vector_norm(rest)) * _UP

@@ -7,15 +7,15 @@ since the scan over data knows it; the low-rank body is in :mod:`curvlib.influen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from curvlib.core.risk import Risk
 from curvlib.influence.preconditioner import Preconditioner
-from curvlib.operators.example_scores import example_gradients_by_layers
+from curvlib.influence.solved import Solved, Solver
+from curvlib.operators.example_rows import ExampleRows, example_rows
 from curvlib.operators.query_directions import BlockDirections, DenseDirections
-from curvlib.operators.score_blocks import score_blocks
 
 __all__ = [
     "BlockDirections",
@@ -28,8 +28,8 @@ __all__ = [
 
 #: Directions of all blocks, by their names.
 Directions = Mapping[str, BlockDirections]
-#: How the directions of some queries in a block of this name are kept: themselves, or compressed.
-Keep = Callable[[str, BlockDirections], BlockDirections]
+#: How the directions of some queries are kept, in all blocks: themselves, or compressed.
+Keep = Callable[[Mapping[str, Solved]], dict[str, BlockDirections]]
 #: Bytes that gradients of queries may take before they are compressed.
 MEMORY = 2**28
 REDUCTIONS = (None, "sum", "mean")
@@ -50,7 +50,7 @@ def query_directions(
         risk: The queries' loss (or measurement) and data, as a function of the parameters.
         preconditioner: What their gradients are multiplied by.
         reduction: ``"sum"`` or ``"mean"`` makes one direction of all queries.
-        keep: Compresses the directions of some queries in one block. Default: they are dense.
+        keep: Compresses the directions of some queries. Default: they are dense.
         join: Joins what that returns for several parts of the queries.
         memory: Bytes that gradients of queries take at once, at most (one query's at least).
 
@@ -60,11 +60,11 @@ def query_directions(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"query_reduction= is None, 'sum' or 'mean', got {reduction!r}")
-    join = join or _dense
+    join = join or _joined
     parts: dict[str, list[BlockDirections]] = {}
-    for dense in direction_parts(risk, preconditioner, reduction=reduction, memory=memory):
-        for name, own in dense.items():
-            parts.setdefault(name, []).append(own if keep is None else keep(name, own))
+    for solved in _solved(risk, preconditioner, reduction, memory):
+        for name, own in (_dense(solved) if keep is None else keep(solved)).items():
+            parts.setdefault(name, []).append(own)
     return {name: found[0] if len(found) == 1 else join(found) for name, found in parts.items()}
 
 
@@ -76,30 +76,38 @@ def direction_parts(
     memory: int = MEMORY,
 ) -> Iterator[dict[str, DenseDirections]]:
     """Dense directions of some queries at a time: see :func:`query_directions`."""
-    blocks = score_blocks(risk)
-    for rows in _reduced(_gradients(risk, memory), reduction):
-        solved = preconditioner.solve(rows.mT).mT
-        # copies, so that the flat rows are not kept alive
-        yield {b.name: DenseDirections(b.gather(solved).clone()) for b in blocks}
+    for solved in _solved(risk, preconditioner, reduction, memory):
+        yield {name: own.dense() for name, own in solved.items()}
 
 
-def _gradients(risk: Risk, memory: int) -> Iterator[Tensor]:
+def _solved(
+    risk: Risk, preconditioner: Preconditioner, reduction: str | None, memory: int
+) -> Iterator[dict[str, Solved]]:
+    """Preconditioned gradients of some queries at a time; of all, where they are reduced."""
+    solver = Solver(risk, preconditioner)
     each = risk.space.size * risk.space.dtype.itemsize
-    return example_gradients_by_layers(risk, block=max(1, memory // max(1, each)))
+    stream = example_rows(risk, block=max(1, memory // max(1, each)))
+    for rows in stream if reduction is None else _reduced(stream, mean=reduction == "mean"):
+        yield solver.of(rows)
 
 
-def _reduced(rows: Iterator[Tensor], reduction: str | None) -> Iterator[Tensor]:
-    if reduction is None:
-        yield from rows
-        return
-    total, count = None, 0
-    for part in rows:
-        own = part.sum(0, keepdim=True)
-        total = own if total is None else total + own
-        count += len(part)
-    if total is not None:
-        yield total / count if reduction == "mean" else total
+def _reduced(stream: Iterator[list[ExampleRows]], *, mean: bool) -> Iterator[list[ExampleRows]]:
+    """The sum or mean of all gradients, as that of one query."""
+    total: list[ExampleRows] = []
+    count = 0
+    for rows in stream:
+        own = [replace(r, left=None, right=None, whole=r.total()) for r in rows]
+        sums = [replace(r, whole=a.total() + r.total()) for a, r in zip(total, own, strict=False)]
+        total = sums or own
+        count += rows[0].examples
+    scale = 1.0 / count if mean else 1.0
+    if total:
+        yield [replace(r, whole=r.matrices() * scale) for r in total]
 
 
-def _dense(parts: list[BlockDirections]) -> BlockDirections:
+def _dense(solved: Mapping[str, Solved]) -> dict[str, BlockDirections]:
+    return {name: own.dense() for name, own in solved.items()}
+
+
+def _joined(parts: list[BlockDirections]) -> BlockDirections:
     return DenseDirections(torch.cat([part.dense() for part in parts]))

@@ -21,12 +21,12 @@ from torch import Tensor
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.risk import Risk
-from curvlib.influence.directions import MEMORY, BlockDirections, DenseDirections, Keep
+from curvlib.influence.directions import MEMORY, BlockDirections, Keep
 from curvlib.influence.low_rank import LowRankDirections
 from curvlib.influence.preconditioner import Preconditioner
+from curvlib.influence.solved import Solver
 from curvlib.operators.example_rows import ExampleRows, example_rows
 from curvlib.operators.factored_damping import factor_eigenvalues
-from curvlib.operators.score_blocks import flat_rows
 
 #: Eigenvalues of both factors of a block, and the block.
 _Factored = tuple[KroneckerBlock, Tensor, Tensor]
@@ -66,25 +66,20 @@ def factored_parts(
         RuntimeError: If the curvature is singular.
     """
     factored = factored_blocks(preconditioner)
+    solver = Solver(risk, preconditioner)
     each = risk.space.size * risk.space.dtype.itemsize
     for rows in example_rows(risk, block=max(1, memory // max(1, each))):
         out: dict[str, BlockDirections] = {}
-        whole: dict[str, Tensor] = {}
+        whole = []
         for own in rows:
             name = own.block.name
             if _applies(own, factored.get(name), rank):
                 out[name] = _factored(own, factored[name])
             else:
-                whole[name] = _matrices(own)
+                whole.append(own)
         if whole:
-            blocks = [own.block for own in rows]
-            flat = flat_rows(blocks, whole, risk.space.size)
-            solved = preconditioner.solve(flat.mT).mT
-            for own in rows:
-                name = own.block.name
-                if name in whole:
-                    dense = DenseDirections(own.block.gather(solved).clone())
-                    out[name] = dense if keep is None else keep(name, dense)
+            solved = solver.of(whole)
+            out |= keep(solved) if keep else {name: own.dense() for name, own in solved.items()}
         yield {own.block.name: out[own.block.name] for own in rows}
 
 
@@ -124,12 +119,3 @@ def _solved(rows: Tensor, basis: Tensor | None, values: Tensor) -> Tensor:
         return rows / scale
     Q = basis[:, None].to(rows.dtype)
     return (rows @ Q / scale) @ Q.mT
-
-
-def _matrices(own: ExampleRows) -> Tensor:
-    """Gradients ``[n, G, O, I]``."""
-    if own.whole is not None:
-        return own.whole
-    assert own.left is not None
-    assert own.right is not None
-    return (own.left.mT @ own.right).transpose(0, 1)

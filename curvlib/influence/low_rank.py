@@ -27,10 +27,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.influence.directions import BlockDirections, DenseDirections
+from curvlib.operators.query_directions import (
+    BlockDirections,
+    DenseDirections,
+    by_gradients,
+    with_ones,
+)
 
 #: Bytes that intermediate products may take.
 CHUNK = 64 * 2**20
+#: Bytes of products of rows that are summed: they stay in the processor's cache.
+ROWS = 4 * 2**20
 #: Work of writing and reading an entry, in multiplications.
 PASS = 5
 
@@ -100,21 +107,21 @@ class LowRankDirections:
 
         Args:
             left: Rows ``[G, n, T, O]``, or indices ``[n, T]`` of rows that are one-hot.
-            right: Rows ``[G, n, T, I]``.
+            right: Rows ``[G, n, T, I]``, or without a last column of ones.
         """
         _, n, T, _ = right.shape
         if left.is_floating_point() and self._formed(n, T):
-            return self._by_gradients((left.mT @ right).transpose(0, 1).flatten(1))
-        out = right.new_empty((n, self.count))
-        for at, products in self._products(left, right):
-            out[at] = self._summed(products.sum((0, 2)))
-        return out
+            return self._by_gradients(left, right)
+        out = right.new_empty((n, self.left.shape[2]))
+        for at, products in self._products(left, right, ROWS):
+            torch.sum(products, (0, 2), out=out[at])
+        return self._summed(out)
 
     def contract_tokens(self, left: Tensor, right: Tensor) -> Tensor:
         r""":math:`l_{nt}^\top L_q R_q r_{nt}`, ``[n, Q, T]``; arguments as of :meth:`contract`."""
         _, n, T, _ = right.shape
         out = right.new_empty((n, self.count, T))
-        for at, products in self._products(left, right):
+        for at, products in self._products(left, right, CHUNK):
             out[at] = self._summed(products.sum(0).flatten(0, 1)).unflatten(0, (-1, T)).mT
         return out
 
@@ -133,33 +140,46 @@ class LowRankDirections:
         forming = (n * (T + count + PASS) + total + PASS * count) * O * I
         return forming < n * T * total * (O + I + PASS)
 
-    def _by_gradients(self, rows: Tensor) -> Tensor:
-        """Scores of gradients ``[n, G O I]``, with a few directions at a time as matrices."""
+    def _by_gradients(self, left: Tensor, right: Tensor) -> Tensor:
+        """Scores by gradients, with a few directions at a time as matrices."""
         G, O, I = self.shape  # noqa: E741
-        out = rows.new_empty((len(rows), self.count))
         places = spans(self.ranks)
-        step = max(1, CHUNK // max(1, G * O * I * rows.element_size()))
+        step = max(1, CHUNK // max(1, G * O * I * right.element_size()))
+        rows = None
+        if step < self.count:  # gradients are formed once
+            rows = (left.mT @ with_ones(right, I)).transpose(0, 1).flatten(1)
+        found = []
         for start in range(0, self.count, step):
             few = places[start : start + step]
-            matrices = rows.new_empty((len(few), G, O, I))
+            matrices = right.new_empty((len(few), G, O, I))
             for own, at in zip(matrices, few, strict=True):
                 torch.bmm(self.left[..., at], self.right[:, at], out=own)
-            out[:, start : start + step] = rows @ matrices.flatten(1).mT
-        return out
+            if rows is None:
+                return by_gradients(left, right, matrices)
+            found.append(rows @ matrices.flatten(1).mT)
+        return torch.cat(found, 1)
 
-    def _products(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _products(self, left: Tensor, right: Tensor, memory: int) -> Iterator[tuple[slice, Tensor]]:
         """For some examples at a time, the terms of all queries, ``[G, n, T, R]``."""
-        G, n, T, _ = right.shape
-        each = max(1, 2 * G * T * self.left.shape[2] * right.element_size())
-        step = max(1, CHUNK // each)
+        G, n, T, width = right.shape
+        total = self.left.shape[2]
+        step = max(1, min(n, memory // max(1, 2 * G * T * total * right.element_size())))
+        ones = self.right[:, None, :, -1] if width < self.right.shape[2] else None
+        columns = self.right[..., :width].mT
+        buffers = right.new_empty((2, G, step * T, total))
         for start in range(0, n, step):
-            at = slice(start, start + step)
+            at = slice(start, min(start + step, n))
+            first, second = buffers[:, :, : (at.stop - start) * T]
             if left.is_floating_point():
-                first = (left[:, at].flatten(1, 2) @ self.left).unflatten(1, (-1, T))
+                torch.bmm(left[:, at].flatten(1, 2), self.left, out=first)
             else:
-                first = self.left[:, left[at]]
-            second = (right[:, at].flatten(1, 2) @ self.right.mT).unflatten(1, (-1, T))
-            yield at, first.mul_(second)
+                torch.index_select(self.left[0], 0, left[at].reshape(-1), out=first[0])
+            rows = right[:, at].flatten(1, 2)
+            if ones is None:
+                torch.bmm(rows, columns, out=second)
+            else:
+                torch.baddbmm(ones, rows, columns, out=second)
+            yield at, first.mul_(second).unflatten(1, (-1, T))
 
     def _summed(self, terms: Tensor) -> Tensor:
         """Sums ``[m, Q]`` over each query's own of terms ``[m, R]``."""

@@ -5,8 +5,10 @@ Of the fit: see :mod:`curvlib.operators.kfac_plan`, whose letters these are. Wit
 =============  ====================================================  ==========================
 phase          multiplications and additions of a layer              keeps
 =============  ====================================================  ==========================
-queries        :math:`Q (6 T O I + 4 O I (O + I))`                   :math:`Q O I`, if dense
-compression    :math:`2 Q O I (r + p)(2 s + 2)`, and small           :math:`Q r (O + I)`
+queries        :math:`6 Q T O I`, the smaller of                     :math:`Q O I`, if dense
+               :math:`2 Q T (O^2 + I^2)`, :math:`2 Q O I (O + I)`,
+               and, if dense, :math:`2 Q O I (O + I)` back
+compression    :math:`2 Q O I (2 r + p)(2 s + 2)`, and small         :math:`Q r (O + I)`
                factorizations
 scan           :math:`N 4 T O I`, and the cheapest of                scores that are kept
                :math:`2 N T Q O I`, :math:`2 N (T + Q) O I`;
@@ -14,7 +16,8 @@ scan           :math:`N 4 T O I`, and the cheapest of                scores that
 =============  ====================================================  ==========================
 
 The work of what has no weights (attention, activations) is not counted, so times are lower
-bounds; the bytes of factors and directions are exact. Ranks share queries, and examples of the
+bounds; the bytes of factors and dense directions are exact, and compressed ones take no more, since
+layers share the ranks of theirs. Processes ("ranks") share queries, and examples of the
 scan; data-parallel ones all have the directions, and gather these once and their best scores at
 the end. Sharded ones keep a part of each direction; they gather parameters twice for a batch, and
 directions once.
@@ -174,8 +177,9 @@ def _queries(
 ) -> list[Phase]:
     """Phases of the directions."""
     work = float(Q) * sum(3.0 * one_pass(s) for s in layers)
-    if curvature in ("ekfac", "kfac"):
-        work += Q * sum(4.0 * s.size * sum(dense_sides(s)) for s in layers if s.covered)
+    factored = curvature in ("ekfac", "kfac")
+    if factored:
+        work += Q * sum(_rotation(s) for s in layers if s.covered)
     dense = float(Q * sum(s.size for s in layers) * item)
     held = 3.0 * max(min(dense, float(MEMORY)), dense / Q)  # gradients, solved, and as blocks
     low = [
@@ -183,11 +187,14 @@ def _queries(
         for s in layers
         if rank is not None and rank * (s.outputs + s.inputs) < s.outputs * s.inputs
     ]
+    back = [s for s in layers if s.covered and s not in low] if factored else []
+    work += Q * sum(2.0 * s.size * sum(dense_sides(s)) for s in back)
     share = ranks.share(Q)
     once = ranks.gather(dense)  # of directions, wherever they were made
     if rank is None or not low:
         return [Phase("queries", share * work, ranks.held(dense), ranks.held(held), once)]
     width = rank + oversampling
+    width += rank if len(low) > 1 else 0  # what a layer may get of others' ranks
     flops = 0.0
     for s in low:
         O, I = s.outputs, s.inputs  # noqa: E741 (the axes of outputs and inputs)
@@ -198,8 +205,8 @@ def _queries(
             products = 2.0 * O * I * width * (2 * iterations + 2)
             bases = 4.0 * width**2 * ((iterations + 1) * O + iterations * I)
             own = products + bases + 14.0 * I * width**2 + 2.0 * O * width**2
-        if curvature in ("ekfac", "kfac"):  # into its metric
-            own += 2.0 * O * I * sum(dense_sides(s))
+        if factored:  # from the eigenbasis
+            own += 2.0 * rank * sum(side**2 for side in dense_sides(s))
         flops += Q * s.groups * (own + 2.0 * O * I * rank)
     small = _directions_bytes(layers, Q, rank, item)
     sent = once if ranks.sharded else ranks.gather(small)
@@ -255,3 +262,12 @@ def _directions_bytes(layers: Sequence[LayerShape], Q: int, rank: int, item: int
         dense = Q * s.size * item
         total += min(low, dense) if rank * (O + I) < O * I else dense
     return total
+
+
+def _rotation(s: LayerShape) -> float:
+    """Work of taking one gradient into the eigenbasis: its rows, where there are few, or itself."""
+    left, right = s.outputs if s.left_dense else 0, s.inputs if s.right_dense else 0
+    whole = 2.0 * s.size * (left + right)
+    rows = 2.0 * s.groups * s.rows * (s.outputs * left + s.inputs * right)
+    few = s.rows * (s.outputs + s.inputs) < s.outputs * s.inputs
+    return min(rows, whole) if few else whole

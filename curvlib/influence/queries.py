@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from curvlib.core.data import tensors
-from curvlib.core.kronecker import Kronecker
 from curvlib.core.loss import read_loss
 from curvlib.core.risk import Risk
 from curvlib.influence.arguments import require_order
-from curvlib.influence.compression import Metric, compressed, metric_of, require_compression
-from curvlib.influence.directions import BlockDirections, Directions, Keep, query_directions
+from curvlib.influence.compression import compressed, require_compression
+from curvlib.influence.directions import Directions, Keep, query_directions
 from curvlib.influence.factored import factored_blocks, factored_parts
 from curvlib.influence.low_rank import joined
 from curvlib.influence.preconditioner import Preconditioner
-from curvlib.operators.score_blocks import score_blocks
 
 
 def risk_on(risk: Risk, data: Any) -> Risk:
@@ -101,31 +99,6 @@ def _shapes(risk: Risk) -> str:
     return ""  # this process has no example
 
 
-def compression(
-    risk: Risk, preconditioner: Preconditioner, rank: int | None, tolerance: float | None
-) -> Keep:
-    """How directions are compressed: in the metric of the curvature, where it has factors."""
-    op = preconditioner.operator
-    factors = op.blocks_of if isinstance(op, Kronecker) else {}
-    metrics: dict[str, Metric | None] = {}
-    like = risk.space.empty()
-    for block in score_blocks(risk) if factors else ():
-        own = factors.get(block.name)
-        if own is not None and own.parts == block.parts and own.eigenvalues.shape == block.shape:
-            same = replace(
-                own,
-                left=None if own.left is None else own.left.to(like),
-                right=None if own.right is None else own.right.to(like),
-                eigenvalues=own.eigenvalues.to(like),
-            )
-            metrics[block.name] = metric_of(same)
-
-    def keep(name: str, directions: BlockDirections) -> BlockDirections:
-        return compressed(directions, metric=metrics.get(name), rank=rank, tolerance=tolerance)
-
-    return keep
-
-
 def fitting_directions(
     queries: Risk,
     train: Risk,
@@ -140,9 +113,9 @@ def fitting_directions(
         ValueError: If queries cannot go through the model, and differ from the training data.
     """
     require_compression(rank, tolerance)
-    keep = None
+    keep: Keep | None = None
     if rank is not None or tolerance is not None:
-        keep = compression(train, preconditioner, rank, tolerance)
+        keep = functools.partial(compressed, rank=rank, tolerance=tolerance)
     try:
         if reduction is None and factored_blocks(preconditioner):
             parts = list(factored_parts(queries, preconditioner, rank=rank, keep=keep))

@@ -29,6 +29,30 @@ class ExampleRows:
     right: Tensor | None
     whole: Tensor | None
 
+    def matrices(self) -> Tensor:
+        """The gradients, ``[n, G, O, I]``."""
+        if self.whole is not None:
+            return self.whole
+        assert self.left is not None
+        assert self.right is not None
+        return (self.left.mT @ self.right).transpose(0, 1)
+
+    def total(self) -> Tensor:
+        """Their sum, ``[1, G, O, I]``."""
+        if self.whole is not None:
+            return self.whole.sum(0, keepdim=True)
+        assert self.left is not None
+        assert self.right is not None
+        return (self.left.flatten(1, 2).mT @ self.right.flatten(1, 2))[None]
+
+    @property
+    def examples(self) -> int:
+        """``n``."""
+        if self.whole is not None:
+            return len(self.whole)
+        assert self.right is not None
+        return self.right.shape[1]
+
 
 def example_rows(risk: Risk, *, block: int = 64) -> Iterator[list[ExampleRows]]:
     """Gradients of summed loss terms of a risk's examples, in their order, in all blocks.

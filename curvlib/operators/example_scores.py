@@ -109,7 +109,7 @@ def example_scores(
         next(batches, None)
     while True:
         # the model is as it was whenever the caller has control
-        with risk.untouched():
+        with risk.untouched(first_order=True):
             batch = next(batches, None)
             if batch is None:
                 return
@@ -192,7 +192,8 @@ def _scores(
     for b, block in enumerate(blocks):
         own = directions[block.name]
         for at in chunks(block, found, like.dtype):
-            parts = list(terms(block, found, at, like.dtype, apart=tokens))
+            ones = tokens or measure
+            parts = list(terms(block, found, at, like.dtype, apart=tokens, ones=ones))
             for term in parts:
                 if not tokens:
                     layers[at, :, b] += own.contract(term.left, term.right)

@@ -59,7 +59,7 @@ def example_squares(risk: Risk, metrics: Metrics) -> Iterator[Tensor]:
     batches = risk.batches()
     while True:
         # the model is as it was whenever the caller has control
-        with risk.untouched():
+        with risk.untouched(first_order=True):
             batch = next(batches, None)
             if batch is None:
                 return

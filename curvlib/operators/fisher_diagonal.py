@@ -99,7 +99,7 @@ def affordable_fisher(risk: Risk) -> str:
     none = torch.zeros(0, dtype=torch.float64, device=risk.space.device)
 
     def outputs() -> Tensor:
-        with risk.untouched(), torch.no_grad():
+        with risk.untouched(first_order=True), torch.no_grad():
             for batch in risk.batches(shard=True):
                 output = risk.loss.readable(batch.output(), batch.target)
                 return none.new_tensor([output.numel() / max(1, example_count(batch))])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
@@ -134,7 +135,8 @@ def _batched_rows(batch: Batch, value: Value, extra: Tensor | None) -> Tensor | 
         torch.func.grad(total), in_dims=(None, 0, None if extra is None else 0)
     )
     try:
-        with batched_quietly():
+        # fused attention has no rule for vmap
+        with batched_quietly(), sdpa_kernel(SDPBackend.MATH):
             rows = per_example(params, batch.data, extra)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         if is_exhausted(error):

@@ -34,7 +34,7 @@ from curvlib.operators.kfac_sums import (
 )
 from curvlib.operators.kfac_targets import Direction, counted_examples, directions
 from curvlib.operators.layer_finite import require_finite
-from curvlib.operators.layer_uses import Pass, Watcher
+from curvlib.operators.layer_uses import Pass, Watcher, with_last
 from curvlib.operators.row_masks import Mask
 
 
@@ -94,7 +94,7 @@ class Fit:
             return self.concluded(state)
         if state.phase == FACTORS and state.batch == self.prefix:
             return replace(state, ended=True)
-        with self.risk.untouched():
+        with self.risk.untouched(first_order=True):
             batch = self._next(state)
             if batch is not None:
                 return self._added(state, batch)
@@ -191,8 +191,8 @@ class Fit:
         layers = self.layers(state)
         for layer in layers:
             add_inputs(layer, one, sums, reduce=reduce)
-        for k, direction in enumerate(self._directions(state, one)):
-            gradients = one.gradients(direction)
+        for k, (direction, last) in enumerate(with_last(self._directions(state, one))):
+            gradients = one.gradients(direction, last=last)
             require_finite(gradients, one, "gradients at the outputs")
             for layer in layers:
                 add_gradients(layer, one, gradients, sums, reduce=reduce, first=k == 0)
@@ -204,8 +204,9 @@ class Fit:
             many = {"type2": 8, "mc": self.settings.samples, "empirical": 1}
             bases: dict[str, Basis] = {layer.name: _basis(state, layer.name) for layer in layers}
             self._adder = EigenvalueSums(layers, bases, many[self.settings.fisher])
-        for direction in self._directions(state, one):
-            gradients = one.gradients(direction)
+        rest = self.settings.rest == "diagonal" and bool(state.uncovered)
+        for direction, last in with_last(self._directions(state, one)):
+            gradients = one.gradients(direction, last=last and not rest)
             if self.settings.eigen_corrected:
                 for layer in layers:
                     self._adder.add(layer, one, gradients, sums[layer.name])

@@ -24,6 +24,7 @@ the same bits; sharded ones factorize and keep their part, and gather parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from curvlib.core.plan import Phase, Ranks
 from curvlib.core.risk import Risk
 from curvlib.operators.fisher_diagonal import affordable_fisher
 from curvlib.operators.kfac_squares import route
+from curvlib.operators.kfac_sums import TILE
 from curvlib.operators.known_examples import known_examples
 from curvlib.operators.layer_shapes import LayerShape, layer_shapes
 
@@ -90,7 +92,7 @@ def fit_phases(
         return
     own = [s for s in layers if s.covered]
     moments = sum(
-        2.0 * N * s.rows * s.groups * (c * left + right)
+        2.0 * N * s.rows * s.groups * (c * left * _half(s.outputs) + right * _half(s.inputs))
         for s in own
         for left, right in [_entries(s)]
     )
@@ -169,6 +171,12 @@ def rows_bytes(s: LayerShape, item: int) -> int:
 def _sum(size: float, ranks: Ranks) -> float:
     """Bytes that a rank sends for a sum that all, or each its part, hold."""
     return ranks.gather(size) if ranks.sharded else ranks.all_reduce(size)
+
+
+def _half(side: int) -> float:
+    """The part of a second moment of many rows that is multiplied out."""
+    tiles = math.ceil(side / TILE)
+    return 1.0 if side < 2 * TILE else (tiles + 1.0) / (2.0 * tiles)
 
 
 def _entries(s: LayerShape) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.risk import Risk
+from curvlib.operators.batch_examples import one_example
 from curvlib.operators.gradients import example_gradients, example_loss
 from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_uses import Pass
@@ -39,23 +40,31 @@ def rest_rows(part: Risk, one: Pass, direction: Direction) -> Tensor:
 
 
 def _folded_rows(part: Risk, one: Pass, direction: Direction) -> Tensor:
-    """Gradients of examples with several rows of the output each, ``[n, P]``."""
+    """Gradients of examples with several rows of the output each, ``[n, P]``.
+
+    Each example goes through the model once more, alone: all of them together are as much work as
+    one pass of the batch, where backward passes of the batch would be one for each example.
+    """
     output, cotangent = direction
     if cotangent is None:
         output, (cotangent,) = (
             one.output,
             torch.autograd.grad(direction[0], one.output, retain_graph=True),
         )
-    rows = []
+    batch, rows = Batch(part, one.batch.index, one.batch.data), []
+    each = cotangent.unflatten(0, (one.examples, -1))
     for i in range(one.examples):
-        own = torch.zeros_like(cotangent).unflatten(0, (one.examples, -1))
-        own[i] = cotangent.unflatten(0, (one.examples, -1))[i]
-        parts = torch.autograd.grad(
-            [output],
-            list(part.params.values()),
-            [own.flatten(0, 1)],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        rows.append(part.space.join(list(parts)))
+        if one.examples > 1:
+            output = one_example(batch, i).output()
+        parts: list[Tensor | None] = [None] * len(part.params)
+        if output.requires_grad:
+            found = torch.autograd.grad(
+                [output],
+                list(part.params.values()),
+                [each[i].reshape(output.shape)],
+                retain_graph=one.examples == 1,
+                allow_unused=True,
+            )
+            parts = list(found)
+        rows.append(part.space.join(parts))
     return torch.stack(rows)

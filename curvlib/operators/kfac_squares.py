@@ -64,7 +64,7 @@ def squares(
 
     Args:
         left: Rows of gradients ``[G, n, T, O]``, not rotated.
-        right: Rows of inputs ``[G, n, T, I]``: rotated, unless ``way`` is ``"form"``.
+        right: Rows of inputs ``[G, n, T, I]``, rotated, unless ``way`` is ``"form"``.
         bases: ``[G, O, O]`` and ``[G, I, I]``, or ``None`` for the identity.
         way: A route.
     """
@@ -95,8 +95,15 @@ def matrices(
 
 
 def rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
-    """Rows ``[G, n, T, d]`` in a basis ``[G, d, d]``."""
-    return rows if basis is None else (rows.flatten(1, 2) @ basis).view(rows.shape)
+    """Rows ``[G, n, T, d]`` in a basis ``[G, d, d]``; a last column of ones may be left out."""
+    if basis is None:
+        return rows
+    flat, width = rows.flatten(1, 2), rows.shape[-1]
+    if width == basis.shape[1]:
+        out = flat @ basis
+    else:
+        out = torch.baddbmm(basis[:, width:], flat, basis[:, :width])
+    return out.view(*rows.shape[:3], out.shape[-1])
 
 
 def embedding_squares(out: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -32,8 +32,12 @@ from curvlib.operators import kfac_squares, layer_rows
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.layer_uses import Use
 
-#: Bytes of rows, and of gradients of examples, that are held at once.
+#: Bytes of rows that are held at once.
 CHUNK = 64 * 2**20
+#: The same of rows and gradients of examples, which are read again while they are in the cache.
+MATRICES = 16 * 2**20
+#: Columns of a second moment that are added up at once: only those at and after them are.
+TILE = 64
 
 Basis = tuple[Tensor | None, Tensor | None]
 Gradients = Sequence[Tensor | None]
@@ -89,10 +93,10 @@ def add_inputs(layer: FactoredLayer, found: Found, sums: Sums, *, reduce: bool) 
         return
     key = f"{layer.name}|matrix"
     for at in _chunks(layer, uses, n, like):
-        rows = layer_rows.input_matrix(layer, uses, n, at, like.dtype)
+        rows = layer_rows.input_matrix(layer, uses, n, at, like.dtype, ones=False)
         keep = layer_rows.kept_rows(uses, n, at)
         rows, count = _reduced(rows, keep) if reduce else _kept(rows, keep)
-        _add_moment(sums.tensors[f"{key}|right"], rows)
+        _add_input_moment(sums.tensors[f"{key}|right"], rows, count)
         sums.counts[key] += count
 
 
@@ -194,9 +198,9 @@ class EigenvalueSums:
         key = (layer.name, at.start)
         if key in self._inputs:
             return self._inputs[key]
-        rows = layer_rows.input_matrix(layer, uses, n, at, dtype)
-        if way != "form":
-            rows = kfac_squares.rotated(rows, self.bases[layer.name][1])
+        basis = None if way == "form" else self.bases[layer.name][1]
+        rows = layer_rows.input_matrix(layer, uses, n, at, dtype, ones=basis is None)
+        rows = kfac_squares.rotated(rows, basis)
         size = rows.numel() * rows.element_size()
         if self.directions > 1 and self._held + size <= 8 * CHUNK:
             self._inputs[key] = rows
@@ -269,7 +273,7 @@ def _chunks(
     T = sum(use.rows(n) or 0 for use in uses)
     each = T * G * (width if out > width else out) + (T * G * max(out, width))
     each += G * out * width if matrices else 0
-    step = max(1, CHUNK // max(1, each * like.element_size()))
+    step = max(1, (MATRICES if matrices else CHUNK) // max(1, each * like.element_size()))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
@@ -289,10 +293,37 @@ def _reduced(rows: Tensor, keep: Tensor | None) -> tuple[Tensor, float]:
     return kept.sum(2, True) / each.clamp(min=1.0)[None, :, None, None], float((each > 0).sum())
 
 
+def _add_input_moment(total: Tensor, rows: Tensor, count: float) -> None:
+    """Adds the second moment of inputs, whose last column, of ``count`` ones, may be left out."""
+    width = rows.shape[-1]
+    if width == total.shape[-1]:
+        _add_moment(total, rows)
+        return
+    if total.ndim == 2:
+        _add_moment(total[:, :width], rows)
+        total[:, width] += count
+        return
+    _add_moment(total[:, :width, :width], rows)
+    sums = rows.sum((1, 2))
+    total[:, :width, width] += sums
+    total[:, width, :width] += sums
+    total[:, width, width] += count
+
+
 def _add_moment(total: Tensor, rows: Tensor) -> None:
-    """Adds the second moment of rows ``[G, n, T, d]`` to ``[G, d, d]``, or its diagonal."""
+    """Adds the second moment of rows ``[G, n, T, d]`` to ``[G, d, d]``, or its diagonal.
+
+    It is symmetric: of many rows, half of it is multiplied out.
+    """
     flat = rows.flatten(1, 2)
+    width = flat.shape[2]
     if total.ndim == 2:
         total += flat.square().sum(1)
-    else:
+    elif width < 2 * TILE or flat.shape[1] < 2 * TILE:
         total.baddbmm_(flat.mT, flat)
+    else:
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            part = flat[:, :, start:stop].mT @ flat[:, :, start:]
+            total[:, start:stop, start:] += part
+            total[:, stop:, start:stop] += part[:, :, stop - start :].mT

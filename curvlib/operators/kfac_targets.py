@@ -146,7 +146,18 @@ def _numbers(seed: str, shape: tuple[int, ...]) -> Tensor:
 def _contents(batch: Batch) -> list[str]:
     """A digest of what each example of a batch holds."""
     out = []
-    for i in range(example_count(batch)):
+    n, held = example_count(batch), list(tensors(batch.data))
+    size = n if n == batch.examples else None  # else examples may be folded
+    if all(t.ndim and t.numel() and t.shape[0] % n == 0 and size in (None, len(t)) for t in held):
+        rows = [t.detach().cpu().contiguous().reshape(n, -1).view(torch.uint8) for t in held]
+        kinds = [f"{t.dtype}".encode() for t in held]
+        for i in range(n):
+            own = hashlib.sha256()
+            for kind, row in zip(kinds, rows, strict=True):
+                own.update(kind + row[i].numpy().tobytes())
+            out.append(own.hexdigest())
+        return out
+    for i in range(n):
         own = hashlib.sha256()
         for tensor in tensors(one_example(batch, i).data):
             flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -22,7 +22,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def input_matrix(
-    layer: FactoredLayer, uses: Sequence[Use], n: int, at: slice, dtype: torch.dtype
+    layer: FactoredLayer,
+    uses: Sequence[Use],
+    n: int,
+    at: slice,
+    dtype: torch.dtype,
+    *,
+    ones: bool = True,
 ) -> Tensor:
     """Input rows of some examples, of all uses, ``[G, n, T, I]``; perhaps the memory of a use.
 
@@ -32,8 +38,9 @@ def input_matrix(
         n: Examples in all.
         at: Which examples.
         dtype: Type of the rows.
+        ones: Whether the last column, of ones, is there where a weight has a bias.
     """
-    return _of_all([_inputs(layer, use, n, at, dtype) for use in uses])
+    return _of_all([_inputs(layer, use, n, at, dtype, ones=ones) for use in uses])
 
 
 def output_matrix(
@@ -157,7 +164,9 @@ def _gradient(use: Use, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
     return gradient.to(dtype)
 
 
-def _inputs(layer: FactoredLayer, use: Use, n: int, at: slice, dtype: torch.dtype) -> Tensor:
+def _inputs(
+    layer: FactoredLayer, use: Use, n: int, at: slice, dtype: torch.dtype, *, ones: bool
+) -> Tensor:
     G, _, width = layer.shape
     if layer.weight is None:
         T = use.rows(n)
@@ -177,6 +186,6 @@ def _inputs(layer: FactoredLayer, use: Use, n: int, at: slice, dtype: torch.dtyp
     else:
         rows = x.reshape(n, -1, x.shape[-1])[at].to(dtype)[None]
     rows = rows.reshape(rows.shape[0], len(range(*at.indices(n))), -1, rows.shape[-1])
-    if rows.shape[-1] < width:
+    if ones and rows.shape[-1] < width:
         rows = torch.cat([rows, rows.new_ones((*rows.shape[:-1], 1))], -1)
     return rows

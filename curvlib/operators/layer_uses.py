@@ -15,7 +15,7 @@ their values (tokens routed to experts), examples go through the model one by on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,8 +102,13 @@ class Pass:
     uses: tuple[Use, ...]
     examples: int
 
-    def gradients(self, direction: Direction) -> list[Tensor | None]:
-        """Gradients at the outputs of all uses, ``None`` where none arrives."""
+    def gradients(self, direction: Direction, *, last: bool = False) -> list[Tensor | None]:
+        """Gradients at the outputs of all uses, ``None`` where none arrives.
+
+        Args:
+            direction: What is differentiated.
+            last: Whether nothing else will be, so that the graph may go.
+        """
         tensor, cotangent = direction
         calls = {id(u.inside.call): u.inside for u in self.uses if u.inside is not None}
         edges = [use.edge for use in self.uses if use.edge is not None]
@@ -116,7 +121,7 @@ class Pass:
                 [tensor],
                 edges,
                 None if cotangent is None else [cotangent],
-                retain_graph=True,
+                retain_graph=not last or bool(calls),
                 allow_unused=True,
             )
         )
@@ -339,6 +344,16 @@ class Watcher:
                 given=True,
                 inside=inside,
             )
+
+
+def with_last(directions: Iterable[Direction]) -> Iterator[tuple[Direction, bool]]:
+    """Directions, and whether each is the last one."""
+    stream = iter(directions)
+    held = next(stream, None)
+    while held is not None:
+        after = next(stream, None)
+        yield held, after is None
+        held = after
 
 
 def _noting_call(uses: list[Use | HiddenCall]) -> Any:

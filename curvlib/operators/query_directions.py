@@ -22,6 +22,8 @@ from torch import Tensor
 
 #: Bytes that intermediate products may take.
 CHUNK = 64 * 2**20
+#: Bytes of gradients that are formed at once: they are read again from the processor's cache.
+FORMED = 16 * 2**20
 #: Work of writing and reading an entry, in floating-point operations.
 _PASS = 10.0
 
@@ -30,7 +32,8 @@ class BlockDirections(Protocol):
     """``Q`` directions in one block.
 
     Everywhere, ``left`` is either rows ``[G, n, T, O]``, or indices ``[n, T]`` (int64) of rows that
-    are one-hot (embeddings, with ``G = 1``), and ``right`` is rows ``[G, n, T, I]``.
+    are one-hot (embeddings, with ``G = 1``), and ``right`` is rows ``[G, n, T, I]``. For
+    :meth:`contract`, a last column of ones (of a bias) may be left out, ``[G, n, T, I - 1]``.
     """
 
     @property
@@ -99,8 +102,10 @@ class DenseDirections:
         """
         one_hot = not left.is_floating_point()
         if not formed(right.shape[2], self.count, self.shape, one_hot=one_hot):
-            return self.contract_tokens(left, right).sum(-1)
-        found = _added(left, right[0], self.shape[1]) if one_hot else (left.mT @ right)
+            return self.contract_tokens(left, with_ones(right, self.shape[2])).sum(-1)
+        if not one_hot:
+            return by_gradients(left, right, self.matrices)
+        found = _added(left, right[0], self.shape[1])
         return found.transpose(0, 1).flatten(1) @ self.matrices.flatten(1).mT
 
     def contract_tokens(self, left: Tensor, right: Tensor) -> Tensor:
@@ -133,6 +138,39 @@ class DenseDirections:
         step = max(1, CHUNK // max(1, groups * each * self.matrices.element_size()))
         for start in range(0, self.count, step):
             yield slice(start, start + step)
+
+
+def by_gradients(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
+    """Scores ``[n, Q]`` by gradients of few examples at a time, and one product for all directions.
+
+    Args:
+        left: Rows ``[G, n, T, O]``.
+        right: Rows ``[G, n, T, I]``, or without a last column of ones.
+        matrices: ``[Q, G, O, I]``.
+    """
+    (G, n, _, width), (count, _, O, I) = right.shape, matrices.shape  # noqa: E741
+    flat = matrices.flatten(1).mT
+    step = max(1, min(n, FORMED // max(1, G * O * I * right.element_size())))
+    buffer = right.new_empty((step, G, O, I))
+    out = right.new_empty((n, count))
+    for start in range(0, n, step):
+        at = slice(start, min(start + step, n))
+        own = buffer[: at.stop - at.start]
+        if G == 1:
+            torch.bmm(left[0, at].mT, right[0, at], out=own[:, 0, :, :width])
+        else:
+            own[..., :width] = (left[:, at].mT @ right[:, at]).transpose(0, 1)
+        if width < I:
+            own[..., width] = left[:, at].sum(2).transpose(0, 1)
+        torch.mm(own.flatten(1), flat, out=out[at])
+    return out
+
+
+def with_ones(right: Tensor, width: int) -> Tensor:
+    """Rows ``[G, n, T, I]``, with the column of ones that was left out."""
+    if right.shape[-1] == width:
+        return right
+    return torch.cat([right, right.new_ones((*right.shape[:-1], 1))], -1)
 
 
 def _added(index: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -23,7 +23,7 @@ from curvlib.operators.gradients import example_loss
 from curvlib.operators.kfac_rest import rest_rows
 from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_finite import require_finite
-from curvlib.operators.layer_uses import Pass, Watcher
+from curvlib.operators.layer_uses import Pass, Watcher, with_last
 from curvlib.operators.score_blocks import ScoreBlock
 
 T = TypeVar("T")
@@ -100,8 +100,9 @@ class GradientPasses:
         self._forget_counts()
         for one in self._watcher.passes(batch):
             blocks = [b for b in self.blocks if b.layer is None or self._miscounted(b)]
-            for direction in _of_loss(one) if directions is None else directions(one):
-                outputs = one.gradients(direction)
+            wanted = _of_loss(one) if directions is None else directions(one)
+            for direction, last in with_last(wanted):
+                outputs = one.gradients(direction, last=last and not blocks)
                 yield GradientPass(one, outputs, self._whole(blocks, one, direction))
             one.require_unchanged()
             self._forget_counts()
@@ -117,18 +118,18 @@ class GradientPasses:
         """
         batches = self.risk.batches()
         while True:
-            with self.risk.untouched():
+            with self.risk.untouched(first_order=True):
                 batch = next(batches, None)
                 if batch is None:
                     return
                 stream = self.of(batch)
             while True:
-                with self.risk.untouched():
+                with self.risk.untouched(first_order=True):
                     found = next(stream, None)
                 if found is None:
                     break
                 for start in range(0, found.examples, block):
-                    with self.risk.untouched():
+                    with self.risk.untouched(first_order=True):
                         made = make(found, slice(start, min(start + block, found.examples)))
                     yield made
 

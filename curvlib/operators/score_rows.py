@@ -43,7 +43,13 @@ class Term:
 
 
 def terms(
-    block: ScoreBlock, found: GradientPass, at: slice, dtype: torch.dtype, *, apart: bool = False
+    block: ScoreBlock,
+    found: GradientPass,
+    at: slice,
+    dtype: torch.dtype,
+    *,
+    apart: bool = False,
+    ones: bool = True,
 ) -> Iterator[Term]:
     """The terms of some examples of a pass.
 
@@ -53,6 +59,7 @@ def terms(
         at: Which examples.
         dtype: Type of the rows.
         apart: Whether uses, and the places of normalization layers, are kept apart.
+        ones: Whether the column of ones, of biases, is there.
     """
     if block.name in found.whole:
         right = found.whole[block.name][at].to(dtype).transpose(0, 1)
@@ -74,7 +81,7 @@ def terms(
         if group:
             uses, gradients = [use for use, _ in group], [g for _, g in group]
             left = output_matrix(layer, uses, gradients, n, at, dtype)
-            right = input_matrix(layer, uses, n, at, dtype)
+            right = input_matrix(layer, uses, n, at, dtype, ones=ones)
             yield Term(left, right, uses[0].places if len(uses) == 1 else None)
     for use, gradient in own:
         if use.role == "embedding":

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvlib as cl
+from curvlib.operators.example_scores import example_gradients_by_layers
 from tests import oracles
 from tests.cases import build
 from tests.problems import OPERATORS, columns, error, oracle, risk_of, snapshot
@@ -43,6 +45,34 @@ def test_nothing_is_said_of_plain_models() -> None:
     for name in ("mlp ce", "conv BatchNorm eval ce", "LSTM"):
         op = cl.hessian(risk_of(build(name)))
         op @ columns(op.shape[1], 1)
+
+
+def test_passes_of_first_derivatives_keep_fused_attention() -> None:
+    """And nothing is said of it; passes of second derivatives then say it as ever."""
+    risk = risk_of(build("sdpa"))
+    called: set[str] = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    calls: list[Callable[[], Any]] = [
+        lambda: cl.kfac(risk, progress=False),
+        lambda: list(example_gradients_by_layers(risk)),
+    ]
+    for call in calls:
+        called.clear()
+        with warnings.catch_warnings(), Spy():
+            warnings.simplefilter("error")
+            call()
+        assert any("flash_attention" in name for name in called)
+    called.clear()
+    with pytest.warns(UserWarning, match="runs its MATH kernel"), Spy():
+        risk.gradient()
+    assert not any("flash_attention" in name for name in called)
 
 
 def test_fused_attention_has_no_second_derivative_by_itself() -> None:

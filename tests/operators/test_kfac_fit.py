@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import curvlib as cl
+from curvlib.operators.batch_examples import one_example
 from curvlib.operators.kfac import KFAC, kfac
+from curvlib.operators.kfac_sums import _add_input_moment, _add_moment
+from curvlib.operators.kfac_targets import _contents
 from tests.operators.factored import (
     F64,
     FISHERS,
@@ -26,6 +30,47 @@ from tests.operators.factored import (
     rotated_block,
     seeded,
 )
+
+
+# ------------------------------------------------------------------------ sums
+@pytest.mark.parametrize("width", [5, 127, 128, 150, 256])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_half_of_a_second_moment_gives_all_of_it(width: int, rows: int) -> None:
+    total = torch.zeros(2, width, width, dtype=F64)
+    x = draw(2, 3 * rows, width).view(2, 3, rows, width)
+    _add_moment(total, x)
+    _add_moment(total, 2.0 * x[:, :1])
+    flat = torch.cat([x, 2.0 * x[:, :1]], 1).flatten(1, 2)
+    assert relative(total, torch.einsum("gni,gnj->gij", flat, flat)) < 1e-14
+
+
+@pytest.mark.parametrize("width", [5, 150])
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_column_of_ones_may_be_left_out_of_a_second_moment(width: int, dense: bool) -> None:
+    """Also where a mask leaves rows out."""
+    x, keep = draw(1, 3 * 50, width).view(1, 3, 50, width), torch.arange(150).view(3, 50) % 4 > 0
+    kept = x * keep[None, ..., None]
+    ones = torch.cat([kept, keep[None, ..., None].to(F64)], -1)
+    shape = (1, width + 1, width + 1) if dense else (1, width + 1)
+    found, expected = torch.zeros(shape, dtype=F64), torch.zeros(shape, dtype=F64)
+    _add_input_moment(found, kept, float(keep.sum()))
+    _add_input_moment(expected, ones, math.nan)
+    assert relative(found, expected) < 1e-14
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_digests_are_those_of_examples_alone(folded: bool) -> None:
+    x = torch.arange(24).view(6, 4)
+    y = x.flatten() if folded else x[:, 0].to(torch.int32)
+    risk = cl.Risk(nn.Embedding(24, 3), nn.CrossEntropyLoss(), (x, y))
+    batch = next(risk.batches())
+    found = _contents(batch)
+    assert found == [_contents(one_example(batch, i))[0] for i in range(6)]
+    assert len(set(found)) == 6
+    own = hashlib.sha256()
+    for tensor in (x[5], y[20:] if folded else y[5:]):
+        own.update(f"{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
+    assert found[5] == own.hexdigest()
 
 
 # -------------------------------------------------------------------- coverage
