@@ -172,9 +172,80 @@ def ekfac(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, Any]
     return [row]
 
 
+def mfac(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Traffic and time of a step (push, and solve for the row) of a window sharded by FSDP2.
+
+    The new row of the Gram matrix is summed over ranks once; in float32 a second time, when it is
+    computed again in float64 for the accuracy of the solve.
+    """
+    return [row for kind in (torch.float64, torch.float32) for row in _step(kind, rank, size, args)]
+
+
+def _step(
+    dtype: torch.dtype, rank: int, size: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import curvlib as cl
+
+    m = 64
+    problem = common.problem("mlp")
+    alone = cl.mfac_window(problem.size, m, damping=0.1, dtype=dtype) if rank == 0 else None
+    model = common.problem("mlp").model
+    mesh = init_device_mesh("cpu", (size,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), [(problem.x, problem.y)])
+    space = risk.space
+    shared = cl.mfac_window(space, m, damping=0.1, dtype=dtype)
+    rows = common.vectors(problem.size, m + 2).T.contiguous()
+    own = [space.scatter(row) for row in rows]
+    for i in range(m + 1):
+        shared.push(own[i])
+        if alone is not None:
+            alone.push(rows[i])
+    whole = space.gather(shared.solve_row())
+    gap = 0.0 if alone is None else common.error(whole, alone.solve_row().double())
+    seconds: dict[str, list[float]] = {"alone": [], "shared": []}
+    for _ in range(args.rounds):
+        dist.barrier()
+        if alone is not None:
+            start = time.perf_counter()
+            alone.push(rows[-1], check=False)
+            alone.solve_row()
+            seconds["alone"].append(time.perf_counter() - start)
+        dist.barrier()
+        with traffic() as seen:
+            start = time.perf_counter()
+            shared.push(own[-1], check=False)
+            shared.solve_row()
+            seconds["shared"].append(time.perf_counter() - start)
+    if rank != 0:
+        return []
+    row = {
+        "problem": f"step of a window of {m} rows, mlp sharded",
+        "dtype": str(dtype).removeprefix("torch."),
+        "speedup": statistics.median(seconds["alone"]) / statistics.median(seconds["shared"]),
+        "bytes": seen.bytes,
+        "calls": seen.calls,
+        "formula": 8 * m,
+        "difference": gap,
+    }
+    print(
+        f"M-FAC step, {m} {row['dtype']} rows sharded: {row['speedup']:.2f} times faster on 2, {seen.bytes} bytes "
+        f"in {seen.calls} (formula {8 * m}), differs by {gap:.1e}",
+        flush=True,
+    )
+    return [row]
+
+
 PARTS: dict[str, Callable[[int, int, argparse.Namespace], list[dict[str, Any]]]] = {
     "products": products,
     "ekfac": ekfac,
+    "mfac": mfac,
 }
 
 
