@@ -235,8 +235,8 @@ def _step(
         "difference": gap,
     }
     print(
-        f"M-FAC step, {m} {row['dtype']} rows sharded: {row['speedup']:.2f} times faster on 2, {seen.bytes} bytes "
-        f"in {seen.calls} (formula {8 * m}), differs by {gap:.1e}",
+        f"M-FAC step, {m} {row['dtype']} rows sharded: {row['speedup']:.2f} times faster on 2, "
+        f"{seen.bytes} bytes in {seen.calls} (formula {8 * m}), differs by {gap:.1e}",
         flush=True,
     )
     return [row]
