@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-HEADER = 19
+HEADER = 20
 
 
 @dataclass

@@ -23,8 +23,9 @@ gradients (clipping, say) are off; torch's random state is put back.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -61,12 +62,12 @@ def arranged(
         stack.enter_context(_copied_buffers(model))
         stack.enter_context(_first_order(first_order))
         if not first_order:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_without_fast_path())
+            stack.enter_context(_MATH.entered())
+        stack.enter_context(_NO_FAST_PATH.entered())
         if has_weight_norm(model):
             stack.enter_context(_PrimitiveWeightNorm())
         if cuda and has_recurrent(model):
-            stack.enter_context(_without_cudnn())
+            stack.enter_context(_NO_CUDNN.entered())
         if has_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -245,3 +246,39 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
+
+
+class _OfProcess:
+    """A context of the whole process, which is entered once however many threads are in it.
+
+    PyTorch's switches are not those of a thread: where two threads each put back what they found,
+    the one that leaves last would leave the other's setting behind.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._context: AbstractContextManager[Any] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with self._lock:
+            if self._context is None:
+                context = self._make()
+                context.__enter__()
+                self._context = context
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    context, self._context = self._context, None
+                    context.__exit__(None, None, None)
+
+
+_MATH = _OfProcess(lambda: sdpa_kernel(SDPBackend.MATH))
+_NO_FAST_PATH = _OfProcess(_without_fast_path)
+_NO_CUDNN = _OfProcess(_without_cudnn)

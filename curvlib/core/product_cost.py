@@ -13,7 +13,7 @@ memory         :math:`w + (K - 1) w'`               :math:`w - 2 v + 2 \ell + (K
 graphs         :math:`\min(B_r g, M)`, and          :math:`g`
                :math:`g` while one is not kept
 traffic        :math:`2 \frac{R - 1}{R} K v`, and    :math:`B_r \frac{R - 1}{R} (3 p + 2 K v)`,
-               a header of 19 numbers               or :math:`B_r \frac{R - 1}{R} K (4 p + 2 v)`
+               a header of 20 numbers               or :math:`B_r \frac{R - 1}{R} K (4 p + 2 v)`
                                                     by finite differences
 =============  ===================================  ========================================
 
@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from curvlib.core.plan import Ranks
 
 #: Bytes of the header of a pass: see :mod:`curvlib.core.group`.
-HEADER = 8 * 19
+HEADER = 8 * 20
 #: Columns that are done at once at most, so that memory for more is that of the vectors alone.
 COLUMNS = 16
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlib.core.group import together
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
@@ -229,9 +230,10 @@ class Influence:
             FloatingPointError: If scores are not finite; names the layer.
         """
         part, queries = self._part(train), query_risk(self.risk, query, measurement)
-        directions = fitting_directions(
-            queries, self.risk, self.preconditioner, query_reduction, rank, tolerance
-        )
+        with together(part.group, "the directions of its queries"):
+            directions = fitting_directions(
+                queries, self.risk, self.preconditioner, query_reduction, rank, tolerance
+            )
         scan = self._scan(part, directions, 1, 0, normalize)
         width = len(directions) if per_layer else 0
         like = part.risk.space.empty().cpu()
@@ -328,7 +330,10 @@ class Influence:
             known = known_examples(part.risk)
         require_enough(k, below, known if only is None else len(only))
         own = self.preconditioner
-        directions = fitting_directions(queries, self.risk, own, query_reduction, rank, tolerance)
+        with together(part.group, "the directions of its queries"):
+            directions = fitting_directions(
+                queries, self.risk, own, query_reduction, rank, tolerance
+            )
         again = rescore and (rank is not None or tolerance is not None)
         more = 2 if again else 1
         scan = self._scan(part, directions, more * k, more * below, normalize, only)

@@ -94,7 +94,7 @@ def plan(
           factors        5.33 GFLOP         0 B      297 kB
           eigenvectors   4.83 MFLOP     33.3 kB      101 kB
           eigenvalues    6.66 GFLOP     16.6 kB      528 kB
-          queries        20.4 MFLOP      133 kB      399 kB
+          queries        13.9 MFLOP      133 kB      399 kB
           scan           4.66 GFLOP     42.9 kB      797 kB
           all            16.7 GFLOP        peak     1.02 MB
     """

@@ -59,7 +59,8 @@ def decomposed(
     def decompose() -> None:
         for key in own:
             found, vectors = torch.linalg.eigh(dense[key])
-            values[key], bases[key] = found.clamp_(min=0.0), vectors.to(dtype)
+            # laid out as files and other ranks return them: bits of products depend on it
+            values[key], bases[key] = found.clamp_(min=0.0), vectors.to(dtype).contiguous()
 
     if group is None:
         decompose()

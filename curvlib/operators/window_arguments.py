@@ -138,12 +138,14 @@ def finite_rows(
     stored: Tensor, *, skip: bool, source: Tensor, spread: Spread | None = None
 ) -> list[int] | None:
     """Rows that are finite, or ``None`` for all of them."""
-    bad_rows = ~torch.isfinite(stored.sum(1))  # the fastest pass; it may overflow in vain
+    quick = torch.isfinite(stored.sum(1))  # the fastest pass; it may overflow in vain
     if spread is not None:  # all ranks decide alike
-        bad_rows = spread.sum(bad_rows.double()) > 0
-    if not bool(bad_rows.any()):
+        quick = spread.sum(1.0 - quick.double()) == 0
+    if bool(quick.all()):
         return None
-    finite: list[bool] = torch.isfinite(stored).all(1).tolist()
+    finite: list[bool] = torch.isfinite(
+        torch.linalg.vector_norm(stored, float("inf"), dim=1)
+    ).tolist()
     if spread is not None:
         finite = (spread.sum(torch.tensor([float(not f) for f in finite])) == 0).tolist()
     if all(finite):

@@ -45,7 +45,7 @@ def test_what_fails_on_one_rank_goes_on(tmp_path: Path, what: str, before: int, 
     whole.mkdir()
     expected = work.resumed(0, 1, str(whole), what, None)
     # on two ranks the last one has four batches: for a fit, it fails in its second pass
-    failing = {("fit", 2): 6, ("fit", 3): 1, ("scan", 2): 3, ("scan", 3): 0}[(what, before)]
+    failing = {("fit", 2): 6, ("fit", 3): 1, ("scan", 2): 3, ("scan", 3): 2}[(what, before)]
     stopped = on_ranks(f"{HERE}:resumed", before, str(tmp_path), what, failing)
     assert stopped[-1]["error"] == "LookupError: the disk with the images is gone"
     for other in stopped[:-1]:
@@ -67,6 +67,13 @@ def test_what_fails_on_one_rank_goes_on(tmp_path: Path, what: str, before: int, 
         assert what == "scan" or not any(own["calls"] for own in again)
         assert torch.equal(again[0]["value"], found[0]["value"])
         assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [f"{what}.ckpt"]
+
+
+def test_queries_that_fail_on_one_rank_fail_on_all(tmp_path: Path) -> None:
+    *others, last = on_ranks(f"{HERE}:resumed", 3, str(tmp_path), "scan", 0)
+    assert last["error"] == "LookupError: the disk with the images is gone"
+    for other in others:
+        assert "rank 2 of 3 failed in the directions of its queries" in other["error"]
 
 
 def test_what_is_for_one_process_says_so(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_estimates_are_the_same_with_kernels(
     op = LinearOperator(lambda V: (A + A.mT) @ V, (500, 500), dtype=F64, symmetric=True)
     settings = {"method": "hutchinson", "probes": 20, "seed": 4, "block": probes_at_once}
 
-    def by_position(rows: Tensor, law: str, generator: torch.Generator) -> None:
+    def by_position(rows: Tensor, law: str, generator: torch.Generator, spread: None) -> None:
         fill_signs(rows, draw_keys(len(rows), generator))
 
     monkeypatch.setattr("curvlib.estimators.stopping.fill_probes", by_position)

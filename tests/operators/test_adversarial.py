@@ -199,6 +199,13 @@ def test_other_threads_may_compute_at_the_same_time() -> None:
     ops = [cl.hessian(cl.Risk(m, CE, (x, y))) for m in models]
     V = columns(ops[0].shape[1], 2)
     expected = cl.hessian(cl.Risk(_seeded(lambda: models[0]), CE, (x, y))) @ V
+
+    def switches() -> list[bool]:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        return [torch.backends.cuda.flash_sdp_enabled(), fast]
+
+    before = switches()
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda op: [op @ V for _ in range(20)], ops))
     assert all(error(out, expected) < 1e-12 for outs in results for out in outs)
+    assert switches() == before  # PyTorch's, which are of the process
