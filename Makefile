@@ -17,8 +17,9 @@ help: ## what there is
 demo: $(STAMP) ## the Hessian spectrum of a small network on handwritten digits, in curvlib-out/demo
 	$(BIN)/curvlib spectrum --resume --out $(DEMO)
 
-test: $(STAMP) ## the tests and the doctests, on all cores
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+test: $(STAMP) ## the tests and the doctests, on all cores (and one process more: some tests wait)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --dist worksteal \
+	  -n $$($(BIN)/python -c "import os; print(min(8, (os.cpu_count() or 1) + 1))") $(ARGS)
 
 lint: $(STAMP) ## style, format, types and import rules
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from curvlib.core.allocations import Allocations
 from curvlib.core.files import read_record
 from curvlib.core.group import Group
 from curvlib.core.plan import Ranks
-from curvlib.core.product_cost import ProductCost
+from curvlib.core.product_cost import HEADER, ProductCost
 from curvlib.estimators import plan as phases
 from curvlib.operators.measured_product import measured_gradient, measured_product
 from curvlib.operators.window import Window
@@ -315,8 +315,8 @@ def test_ranks_share_work_and_shards_memory():
     assert all(sent > 0 for sent in (*four.traffic, *parts.traffic))
     vector = risk.space.size * 4
     products = 26 + 3 // 3  # a basis filled, and one block of three residuals
-    each = 2 * 3 / 4 * vector + 3 * 152
-    assert four.traffic[0] == pytest.approx(26 * each + 2 * 3 / 4 * 3 * vector + 3 * 152)
+    each = 2 * 3 / 4 * vector + 3 * HEADER
+    assert four.traffic[0] == pytest.approx(26 * each + 2 * 3 / 4 * 3 * vector + 3 * HEADER)
     assert products == 27
 
 
@@ -344,7 +344,7 @@ def test_traffic_of_windows():
     assert row.traffic == 3 / 4 * (2 * cost.parameters + cost.vector) + 2 * 3 / 4 * 8 * 16
     _, row, direction = window_phases(cost, Ranks(4), size=16)
     assert direction.traffic == 0.0
-    assert row.traffic == 2 * 3 / 4 * cost.vector + 3 * 152
+    assert row.traffic == 2 * 3 / 4 * cost.vector + 3 * HEADER
 
 
 def test_fits_of_ranks():
