@@ -243,7 +243,7 @@ def group_of(choice: GroupChoice = None) -> Group | None:
     if choice is False:
         return None
     ready = dist.is_available() and dist.is_initialized()
-    if not ready:
+    if not ready and (choice is None or choice is True):
         if choice is None:
             return None
         raise RuntimeError(
@@ -251,13 +251,13 @@ def group_of(choice: GroupChoice = None) -> Group | None:
             "script with torchrun and call torch.distributed.init_process_group() first, or leave "
             "group= out for one process"
         )
-    if choice == dist.GroupMember.NON_GROUP_MEMBER:
+    if ready and choice == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(_NO_MEMBER)
     if choice is None or choice is True:
         process_group = dist.group.WORLD
     elif isinstance(choice, Group):
         return choice
-    elif isinstance(choice, dist.ProcessGroup):
+    elif dist.is_available() and isinstance(choice, dist.ProcessGroup):
         process_group = choice
     else:
         raise TypeError(

@@ -93,6 +93,8 @@ def test_groups_are_asked_for_clearly() -> None:
     model = work.net()
     with pytest.raises(RuntimeError, match="needs an initialized process group, and there is none"):
         cl.Risk(model, torch.nn.CrossEntropyLoss(), work.batches(), group=True)
+    with pytest.raises(TypeError, match=r"or a torch.distributed.ProcessGroup, got str"):
+        cl.Risk(model, torch.nn.CrossEntropyLoss(), work.batches(), group="all")
     with pytest.raises(RuntimeError, match="torchrun"):
         cl.shard(work.batches(), group=True)
     assert cl.Risk(model, torch.nn.CrossEntropyLoss(), work.batches()).group is None
