@@ -149,13 +149,8 @@ def scanned(
         )
 
     def whole(_: ScanState) -> ScanState:
-        own = scan.init()
-        failure = None
-        try:
+        with group.together("its part of a scan"):
             own = own_scan()
-        except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
-            failure = error
-        group.require_success(failure, "its part of a scan")
         out = merged(group, own, scan)
         if beside is not None:
             beside.unlink(missing_ok=True)
