@@ -108,8 +108,7 @@ def fitted_by_ranks(
     fit.prefix = _own_prefix(fit, group)
 
     def one_pass(state: FitState) -> FitState:
-        own, failure = state, None
-        try:
+        with group.together("its part of a fit"):
             own = run(
                 lambda: _begun(state),
                 fit.step,
@@ -124,9 +123,6 @@ def fitted_by_ranks(
                 save_every=save_every,
                 progress=progress if group.first else False,
             )
-        except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
-            failure = error
-        group.require_success(failure, "its part of a fit")
         return fit.concluded(_joined(group, state, own))
 
     def finished(state: FitState) -> FitState:
