@@ -48,7 +48,8 @@ def example_squares(risk: Risk, metrics: Metrics) -> Iterator[Tensor]:
     Example:
         >>> import torch, curvlib as cl
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> x, y = torch.tensor([[3.0, 4.0]]), model(torch.tensor([[3.0, 4.0]])).detach() + 0.5
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x, y = torch.tensor([[3.0, 4.0]]), torch.tensor([[7.5]])
         >>> risk = cl.Risk(model, torch.nn.MSELoss(), (x, y))
         >>> [part.tolist() for part in example_squares(risk, {"weight": None})]  # g = -x
         [[25.0]]

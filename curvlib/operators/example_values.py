@@ -41,7 +41,8 @@ def example_losses(risk: Risk) -> Tensor:
     Example:
         >>> import torch, curvlib as cl
         >>> model, x = torch.nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [2.0]])
-        >>> risk = cl.Risk(model, torch.nn.MSELoss(), (x, model(x).detach() + 3.0))
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> risk = cl.Risk(model, torch.nn.MSELoss(), (x, x + 3.0))
         >>> example_losses(risk).tolist()
         [9.0, 9.0]
     """
@@ -106,7 +107,8 @@ def gradient_norms(risk: Risk, *, block: int = 64) -> Tensor:
     Example:
         >>> import torch, curvlib as cl
         >>> model, x = torch.nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [2.0]])
-        >>> risk = cl.Risk(model, torch.nn.MSELoss(), (x, model(x).detach() + 3.0))
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> risk = cl.Risk(model, torch.nn.MSELoss(), (x, x + 3.0))
         >>> gradient_norms(risk).tolist()  # 2 * 3 * x
         [6.0, 12.0]
     """
