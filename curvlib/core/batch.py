@@ -108,7 +108,7 @@ class Batch:
             ValueError: If the loss does not depend on any of the parameters.
         """
         if params is not None:
-            out: list[Tensor | None] = self.risk.replaced(
+            out: list[Tensor | None] = self.risk.held.replaced(
                 params, lambda: self._gradient(create_graph, params)
             )
             return out

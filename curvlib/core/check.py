@@ -134,7 +134,7 @@ def _joined_check(risk: Risk, seed: int) -> Report:
     own = Report((), 0.0, 0.0)
     with group.together("a check of its shard"):
         alone = risk.alone()
-        if next(iter(alone._batches), None) is not None:
+        if next(iter(alone.stream.data), None) is not None:
             own = check(alone, seed=seed)
     every = group.values(
         [[[f.kind, f.message, f.remedy] for f in own.findings], own.asymmetry, own.derivative_error]

@@ -29,7 +29,7 @@ def fingerprint(risk: Risk) -> str:
     The same on all ranks, which have to call it together.
     """
     weights = [w for w in (risk.loss.weight, risk.loss.pos_weight) if w is not None]
-    held = map(risk.whole, [*risk.model.parameters(), *risk.model.buffers(), *weights])
+    held = map(risk.held.whole, [*risk.model.parameters(), *risk.model.buffers(), *weights])
     modes = "".join("t" if m.training else "e" for m in risk.model.modules())
     return "|".join([digest(held), modes, *risk.space.names, risk.loss.describe(), _data(risk)])
 

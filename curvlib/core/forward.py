@@ -24,6 +24,7 @@ gradients (clipping, say) are off; torch's random state is put back.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
@@ -110,6 +111,24 @@ def has_weight_norm(model: nn.Module) -> bool:
         or any(type(h).__name__ == "WeightNorm" for h in m._forward_pre_hooks.values())
         for m in model.modules()
     )
+
+
+def tell_what_is_slower(
+    model: nn.Module, device: torch.device, attention: bool, *, compiled: bool
+) -> None:
+    """Warns of slower kernels that run in the place of those without second derivatives."""
+    what = ["scaled_dot_product_attention runs its MATH kernel"] if attention else []
+    if device.type == "cuda" and has_recurrent(model):
+        what.append("recurrent modules run without cuDNN")
+    if compiled:
+        what.append("compiled modules run eagerly")
+    if what:
+        warnings.warn(
+            f"curvlib: {' and '.join(what)}, since the faster kernels have no second "
+            "derivative; values agree up to rounding (said once for each risk)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

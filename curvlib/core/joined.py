@@ -90,7 +90,7 @@ def joined(
         *halves(risk.signature()),
         *halves(_parameters(risk)),
         *halves(0 if given is None or rows else bits(given)),
-        *halves(risk.first_content),
+        *halves(risk.stream.first_content),
         float(finite),
     ]
     every = group.numbers(header)

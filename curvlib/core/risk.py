@@ -23,34 +23,30 @@ go through their batches together (:mod:`curvlib.core.sharded`).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
-from curvlib.core import sharded, shards
+from curvlib.core import shards
 from curvlib.core.batch import Batch, misread_mean
+from curvlib.core.batches import NO_BATCH, Batches
 from curvlib.core.data import (
     describe,
-    in_memory,
     is_mapping,
     is_pair,
-    reiterable,
-    to_device,
 )
 from curvlib.core.exhausted import pass_names_what_fits
-from curvlib.core.fingerprint import content_of, fingerprint
+from curvlib.core.fingerprint import fingerprint
 from curvlib.core.group import Group, GroupChoice, group_of
-from curvlib.core.in_step import InStep
-from curvlib.core.joined import Shard, joined, problem_digest, require_device
+from curvlib.core.held_model import HeldModel
+from curvlib.core.joined import problem_digest, require_device
 from curvlib.core.loss import Loss, read_loss
-from curvlib.core.space import ParamSelection, ParamSpace, clean_name, select
-from curvlib.core.spread import gathered
+from curvlib.core.one_pass import known_weight, one_pass, positive
+from curvlib.core.space import ParamSelection, clean_name
 
 if TYPE_CHECKING:
     from curvlib.core.check import Report
@@ -131,41 +127,22 @@ class Risk:
         self.take_output = forward
         self.take_target = target
         self.take_weight = weight
-        self.in_memory = in_memory(data, pairs=forward is None)
         self.group: Group | None = group_of(group)
-        self._held = select(self.model, params)
-        self.places: dict[int, sharded.Place] = {}  # of parameters that are sharded
-        if sharded.has_sharded(self.model):
-            self.places = sharded.places_of(self.model, self.group)
-            self._held = select(self.model, params)  # what resharding has put back
-            if self.loss.linear is not None:
-                self.require_whole("a loss that owns the head of the model")
-        self.params = {name: self._leaf(p) for name, p in self._held.items()}
-        spread = sharded.spread_of(self._held, self.places)
-        self.space = replace(ParamSpace.from_named(self.params), spread=spread)
-        self._regather: sharded.Regather | None = None  # during a pass
-        self._in_step = InStep(self)
+        self.held = HeldModel(self.model, params, self.group)
+        self.params, self.space = self.held.params, self.held.space
+        self.places = self.held.places  # of parameters that are sharded
+        if self.loss.linear is not None:
+            self.require_whole("a loss that owns the head of the model")
         self.device = self.space.device if device is None else torch.device(device)
-        self._batches = reiterable(data) if self.in_memory is None else self.in_memory
+        self.stream = Batches(self, data)
         self.known_bits: tuple[Any, int] | None = None  # of the parameters, for other ranks
-        self.first_content = 0  # of the first batch, for other ranks
         self.noticed_copies = False  # whether shards were compared
         self.given_reduction = reduction
         self._compiled = passes.has_compiled(model)
-        self._seen: tuple[int, int] | None = None  # batches and examples of the first full pass
-        self.reading: tuple[int, int] | None = None  # which batch of a pass, and its examples
         self._noticed = False  # whether the first forward pass was watched for fused kernels
         self._verified: set[int] = set()  # batches whose normalization was verified
-        self._misread: str | None = None  # why the normalization is not what it seems
-        self._holder = passes.Holder(self.model)
+        self.misread: str | None = None  # why the normalization is not what it seems
         self.draws = passes.Draws(self.device)
-        self._owners = [  # where each parameter is found in the model
-            (module, key, name)
-            for name, p in self._held.items()
-            for module in self.model.modules()
-            for key, held in module._parameters.items()
-            if held is p
-        ]
         self.is_part = False  # of a larger selection: then the loss need not use the parameters
         if self.group is not None:
             require_device(self.group, self.space.device)
@@ -201,7 +178,7 @@ class Risk:
             own = torch.as_tensor(batch.weight, dtype=torch.float64, device=self.device)
             return own if total is None else total + own
 
-        return float(_some(self._joined_pass(add, None).total))
+        return float(_some(one_pass(self, add, None).total))
 
     def check(self, *, seed: int = 0) -> Report:
         """Looks for what makes curvature meaningless: see :func:`curvlib.core.check.check`."""
@@ -216,7 +193,7 @@ class Risk:
     def signature(self) -> int:
         """64 bits of what has to be alike on all ranks, except for parameters and data."""
         modes = "".join("t" if m.training else "e" for m in self.model.modules())
-        shapes = (p.shape for p in self._held.values())
+        shapes = (p.shape for p in self.held.held.values())
         words = [*self.space.names, *shapes, self.space.dtype, modes]
         words += [torch.__version__, self.loss.describe(), self.loss.reduction]
         functions = (self.take_output, self.take_target, self.take_weight, self.loss.function)
@@ -231,7 +208,7 @@ class Risk:
 
     def on(self, data: Any) -> Risk:
         """The same model, loss and parameters on other data, with random draws of its own."""
-        return self._with(data, list(self._held.values()))
+        return self._with(data, list(self.held.held.values()))
 
     def of(self, model: nn.Module) -> Risk:
         """The same loss and data for another model, such as a copy, by the parameters' names.
@@ -241,7 +218,7 @@ class Risk:
         """
         every = passes.uncompiled(model).named_parameters(remove_duplicate=False)
         named = {clean_name(name): p for name, p in every}
-        for name, p in self._held.items():
+        for name, p in self.held.held.items():
             shape = p.shape
             if name not in named or named[name].shape != shape:
                 found = list(named[name].shape) if name in named else "no such parameter"
@@ -256,7 +233,7 @@ class Risk:
         if self.group is None:
             return self
         self.require_whole("this function")
-        out = self._with(self.data, list(self._held.values()), group=False)
+        out = self._with(self.data, list(self.held.held.values()), group=False)
         out.draws = self.draws
         return out
 
@@ -286,7 +263,7 @@ class Risk:
 
     def part(self, names: Iterable[str]) -> Risk:
         """The risk as a function of some of its parameters, which it need not depend on."""
-        out = self.restrict([self._held[name] for name in names])
+        out = self.restrict([self.held.held[name] for name in names])
         out.is_part = True
         return out
 
@@ -322,12 +299,12 @@ class Risk:
         """
         if rows is None:
             self.require_whole("this function")
-        known = self._known_weight()
+        known = known_weight(self)
         rows = bool(rows) and self.space.spread is not None
-        found = self._joined_pass(add, 1.0 if known is None else 1.0 / known, given, rows)
+        found = one_pass(self, add, 1.0 if known is None else 1.0 / known, given, rows)
         total = _some(found.total)
         if known is None:
-            total.div_(_positive(found.weight))
+            total.div_(positive(found.weight))
         if rows and found.finite:
             return total
         if rows or (self.places and not bool(torch.isfinite(total).all())):
@@ -353,56 +330,17 @@ class Risk:
             RuntimeError: If the data changed between two passes, or another rank failed.
         """
         self.require_whole("this function")
-        return _some(self._joined_pass(add, None, given).total)
+        return _some(one_pass(self, add, None, given).total)
 
-    def _joined_pass(
-        self,
-        add: Callable[[Batch, Tensor | None], Tensor],
-        scale: float | None,
-        given: Tensor | None = None,
-        rows: bool = False,
-    ) -> Shard:
-        if self.group is None:
-            return self._pass(add, scale)
-        if self.places:  # what fails on one rank alone is met by the others when it ends
-            return joined(self.group, self, self._pass(add, scale), given, rows=rows)
-        try:
-            own = self._pass(add, scale)
-        except Exception as failure:  # noqa: BLE001 (told to the other ranks, then raised again)
-            own = Shard(None, 0.0, 0, 0, failure)
-        return joined(self.group, self, own, given)
-
-    def _pass(self, add: Callable[[Batch, Tensor | None], Tensor], scale: float | None) -> Shard:
-        """One pass over this rank's batches; weights are summed where the scale is 1."""
-        total: Tensor | None = None
-        weight: Tensor | float = 0.0
-        count, examples = 0, 0
-        scale_of_batch = 1.0 if scale is None else scale
-        with self.untouched(), self._gathering():
-            for batch in self._own_or_lent(scale_of_batch):
-                total = add(batch, total)
-                if batch.lent:
-                    continue
-                count, examples = count + 1, examples + batch.examples
-                if scale == 1.0 and self.loss.reduction != "sum":
-                    weight = weight + batch.weight
-                if batch.index > 0 and self._misread is not None:
-                    raise ValueError(self._misread)
-        return Shard(total, float(weight), count, examples)
-
-    def _known_weight(self) -> float | None:
-        """``W`` where it is known before the pass: sums, and data in memory of one process."""
-        if self.loss.reduction == "sum":
-            return 1.0
-        if self.group is not None or self.in_memory is None or not self.in_memory:
-            return None
-        data = (to_device(d, self.device) for d in self.in_memory)
-        return _positive(float(sum(Batch(self, i, d).weight for i, d in enumerate(data))))
+    @property
+    def in_memory(self) -> Sequence[Any] | None:
+        """The batches, where the data is in memory."""
+        return self.stream.in_memory
 
     @property
     def seen(self) -> tuple[int, int]:
         """Batches and examples of this rank's shard; zeros before the first full pass."""
-        return self._seen or (0, 0)
+        return self.stream.seen
 
     def untouched(self, *, first_order: bool = False) -> AbstractContextManager[None]:
         """Entered around a pass: second derivatives exist, and the model is left as it was.
@@ -413,33 +351,8 @@ class Risk:
         Raises:
             RuntimeError: If a parameter of the model was replaced since the risk was made.
         """
-        if self.places:
-            sharded.refresh(self.model, self.places)
-        for module, key, name in self._owners:
-            if module._parameters.get(key) is not self._held[name]:
-                raise RuntimeError(
-                    f"parameter {name!r} was replaced by another tensor since this risk was made "
-                    "(by assignment, or load_state_dict(assign=True)); make a new Risk"
-                )
-        arranged = passes.arranged(self.model, self._held, self.device, first_order=first_order)
-        return pass_names_what_fits(lambda: self.reading, arranged)
-
-    @contextmanager
-    def _gathering(self) -> Iterator[None]:
-        if not self.places:
-            yield
-            return
-        with sharded.gathering(self.model, self.places) as self._regather:
-            try:
-                yield
-            finally:
-                self._regather = None
-
-    def _own_or_lent(self, scale: float) -> Iterator[Batch]:
-        if not self.places:
-            return self.batches(scale, shard=True)
-        own = self._own_batches(scale)
-        return own if self.group is None else self._in_step.batches(self.group, own)
+        arranged = self.held.untouched(self.device, first_order=first_order)
+        return pass_names_what_fits(lambda: self.stream.reading, arranged)
 
     def batches(self, scale: float = 1.0, *, shard: bool = False) -> Iterator[Batch]:
         """Batches in order, on the device; the same number of them at every pass.
@@ -458,27 +371,7 @@ class Risk:
                 "this function sees only the data of one process, and the risk belongs to "
                 f"{self.group.size}; give one process all data: Risk(..., group=False)"
             )
-        yield from self._own_batches(scale)
-
-    def _own_batches(self, scale: float) -> Iterator[Batch]:
-        count, examples = 0, 0
-        for data in self._batches:
-            batch = Batch(self, count, to_device(data, self.device), scale)
-            if count == 0 and self.group is not None and self._seen is None:
-                self.first_content = content_of(batch.data)
-            self.reading = (batch.index, batch.examples)
-            count, examples = count + 1, examples + batch.examples
-            yield batch
-        if count == 0 and self.group is None:
-            raise ValueError(_NO_BATCH)
-        if self._seen is None:
-            self._seen = (count, examples)
-        elif self._seen != (count, examples):
-            raise RuntimeError(
-                f"the data changed between passes: {self._seen[0]} batches with "
-                f"{self._seen[1]} examples first, now {count} with {examples}; "
-                "use data of fixed length (no growing list, no sampler of random length)"
-            )
+        yield from self.stream.own(scale)
 
     def call(self, data: Any, params: Mapping[str, Tensor] | None = None) -> Any:
         """The model's output for one batch, with other values for parameters where given.
@@ -490,27 +383,17 @@ class Risk:
         Raises:
             TypeError: If the batch is of an unknown kind and there is no ``forward=``.
         """
-        if self._regather is None:
+        if self.held.regather is None:
             self.require_whole("this function")
         if params is not None:
-            return self.replaced(params, lambda: self.call(data))
+            return self.held.replaced(params, lambda: self.call(data))
         if self._noticed or passes.is_first_order():
             return self._forward(self.model, data)
         with passes.SpotAttention() as spot:
             output = self._forward(self.model, data)
         self._noticed = True
-        self._say_once(spot.seen)
+        passes.tell_what_is_slower(self.model, self.device, spot.seen, compiled=self._compiled)
         return output
-
-    def replaced(self, params: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
-        """Calls a function while parameters have other values, by the names of :attr:`space`."""
-        if self.places:
-            assert self._regather is not None  # or call() has refused
-            with self._regather.instead({id(self._held[n]): v for n, v in params.items()}):
-                return function()
-        raw = {id(p): name for name, p in self._holder.named_parameters()}
-        values = {raw[id(self.params[name])]: value for name, value in params.items()}
-        return torch.func.functional_call(self._holder, values, (lambda _: function(),))
 
     def _forward(self, model: nn.Module, data: Any) -> Any:
         self.require_known(data)
@@ -534,37 +417,11 @@ class Risk:
         if settled or batch.index in self._verified:
             return
         self._verified.add(batch.index)
-        self._misread = self._misread or misread_mean(batch, output, value)
-
-    def bytes_saved(self, build: Callable[[], T]) -> tuple[T, int]:
-        """A graph of sharded parameters, and the bytes that it holds, the most of any rank."""
-        assert self._regather is not None
-        before = self._regather.saved
-        graph = build()
-        size = self._regather.saved - before
-        return graph, size if self.group is None else int(self.group.most([size])[0])
-
-    def whole(self, param: Tensor) -> Tensor:
-        """A parameter of the model as a plain tensor, gathered where it is sharded."""
-        place = self.places.get(id(param))
-        if place is None:
-            return param
-        if place.group is None:
-            return place.leaf.detach()
-        return gathered(place.leaf.detach(), place.slices, place.group)
-
-    def _leaf(self, param: Tensor) -> Tensor:
-        place = self.places.get(id(param))
-        return param if place is None else place.leaf.requires_grad_()
+        self.misread = self.misread or misread_mean(batch, output, value)
 
     def require_whole(self, what: str) -> None:
         """Raises ValueError if parameters are sharded, for a function that does not follow that."""
-        if self.places:
-            raise ValueError(
-                f"{sharded.UNFOLLOWED}: the parameters are sharded, and {what} needs them whole. "
-                "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn and windows follow "
-                "them; for others, load the parameters into a model without fully_shard"
-            )
+        self.held.require_whole(what)
 
     def __repr__(self) -> str:
         return (
@@ -572,42 +429,15 @@ class Risk:
             f"parameters in {len(self.space.names)} tensors, data: {describe(self.data)})"
         )
 
-    def _say_once(self, attention: bool) -> None:
-        what = ["scaled_dot_product_attention runs its MATH kernel"] if attention else []
-        if self.device.type == "cuda" and passes.has_recurrent(self.model):
-            what.append("recurrent modules run without cuDNN")
-        if self._compiled:
-            what.append("compiled modules run eagerly")
-        if what:
-            warnings.warn(
-                f"curvlib: {' and '.join(what)}, since the faster kernels have no second "
-                "derivative; values agree up to rounding (said once for each risk)",
-                UserWarning,
-                stacklevel=2,
-            )
-
 
 _NOT_FINITE = (
     "the sum over the batches of all ranks is not finite: a loss or a derivative "
     "overflows or is undefined here, or the vectors are not finite; look at the data, the "
     "parameters and the loss, or use a higher precision"
 )
-_NO_BATCH = (
-    "the data has no batch: the data set is empty, or drop_last=True dropped its only "
-    "batch; pass at least one batch"
-)
 
 
 def _some(total: Tensor | None) -> Tensor:
     if total is None:  # on no rank
-        raise ValueError(_NO_BATCH)
+        raise ValueError(NO_BATCH)
     return total
-
-
-def _positive(weight: float) -> float:
-    if weight == 0.0:
-        raise ValueError(
-            "no loss term is valid: every target is ignored, or all weights are zero; "
-            "check ignore_index, class weights and weight="
-        )
-    return weight

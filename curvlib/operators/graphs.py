@@ -123,7 +123,7 @@ class GraphCache(Generic[Graph]):
 
     def _measured(self, batch: Batch) -> Graph:
         if self.risk.places:
-            graph, size = self.risk.bytes_saved(lambda: self.build(batch))
+            graph, size = self.risk.held.bytes_saved(lambda: self.build(batch))
             return self._verified(graph, size)
         held = {p.untyped_storage().data_ptr() for p in self.risk.model.parameters()}
         size = 0

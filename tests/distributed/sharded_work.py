@@ -371,8 +371,8 @@ def footprint(rank: int, size: int) -> dict[str, Any]:
 
     def graph(batch: Any, total: Any) -> torch.Tensor:
         parts = batch.gradient(create_graph=True)
-        assert risk._regather is not None
-        alive.extend(not ref.expired() for ref in risk._regather._whole)
+        assert risk.held.regather is not None
+        alive.extend(not ref.expired() for ref in risk.held.regather._whole)
         return risk.space.join(parts)
 
     with _Largest() as seen:
