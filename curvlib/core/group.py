@@ -133,13 +133,6 @@ class Group:
         """A value of each rank that JSON can hold."""
         return [json.loads(text) for text in self.texts(json.dumps(value))]
 
-    def from_rank(self, tensor: Tensor, rank: int) -> Tensor:
-        """The tensor of one of the ranks, in the place of the others' of its shape and type."""
-        with self._answered("a broadcast"):
-            source = dist.get_global_rank(self.process_group, rank)
-            dist.broadcast(tensor, src=source, group=self.process_group)
-        return tensor
-
     def from_first(self, tensor: Tensor | None, like: Tensor | None = None) -> Tensor:
         """The first rank's tensor, on every rank.
 
@@ -153,9 +146,9 @@ class Group:
             like = torch.empty(count, dtype=torch.uint8, device=self.device)
         if self.first and tensor is not None:
             like.copy_(tensor)
-        return self.sent(like, 0)
+        return self.from_rank(like, 0)
 
-    def sent(self, own: Tensor, rank: int) -> Tensor:
+    def from_rank(self, own: Tensor, rank: int) -> Tensor:
         """One rank's tensor, on every rank.
 
         Args:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from curvlib.core import forward as passes
 from curvlib.core import sharded
+from curvlib.core.bundles import Bundle
 from curvlib.core.group import Group
 from curvlib.core.space import ParamSelection, ParamSpace, select
-from curvlib.core.spread import gathered
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class HeldModel:
             return param
         if place.group is None:
             return place.leaf.detach()
-        return gathered(place.leaf.detach(), place.slices, place.group)
+        return Bundle((place.slices,), place.group).gathered([place.leaf.detach()])[0]
 
     def require_whole(self, what: str) -> None:
         """Raises ValueError if parameters are sharded, for a function that does not follow that."""

@@ -1,19 +1,17 @@
 r"""Passes of models whose parameters are sharded (FSDP2, ``distribute_tensor``), to any order.
 
-Let rank :math:`r` hold the slice :math:`\theta_r` of a parameter :math:`\theta`. Where a model uses
-:math:`\theta`, the slices are gathered, :math:`\theta = \mathrm{G}(\theta_1, \dots, \theta_R)`, and
-freed when the operation is done. The adjoint of G is S, the sum over ranks of which each keeps its
-slice; the adjoint of S is G. Both are differentiable functions here, each in terms of the other, so
-that derivatives of any order come out as slices: ``torch.autograd.grad`` on all ranks together
-differentiates the *sum over ranks* of what each computes from its batch.
+Where a model uses a parameter, its slices are gathered, with those of its bundle, by a function
+whose derivatives exist to any order (:mod:`curvlib.core.bundles`), and freed when two others are in
+use: ``torch.autograd.grad`` on all ranks together differentiates the *sum over ranks* of what each
+computes from its batch, and gives slices.
 
 A graph saves no gathered parameter: it remembers which one it was
 (``torch.autograd.graph.saved_tensors_hooks``), and gathers it again where a backward pass needs it,
 as FSDP does. FSDP2's own hooks, which free parameters that a second derivative needs and reduce
 gradients into ``.grad``, are off during a pass; a ``MixedPrecisionPolicy`` is thereby not applied.
 
-Memory of a rank beside activations: its slices, and one operation's parameters whole. Traffic: a
-pass sends each parameter's :math:`s` bytes :math:`(R - 1) / R` times
+Memory of a rank beside activations: its slices, and two bundles whole, neither larger than the
+largest parameter. Traffic: a pass sends each parameter's :math:`s` bytes :math:`(R - 1) / R` times
 
 =====================  =============================================
 gradient               3: gathered forward and backward, summed once
@@ -21,12 +19,12 @@ Hessian, K columns     about :math:`5 + 2 K`
 GGN, K columns         about :math:`5 + 3 K`
 =====================  =============================================
 
-Ranks have to use the same parameters in the same order, as FSDP asks too.
+Ranks have to use the same bundles in the same order, as FSDP asks too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +36,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from curvlib.core.bundles import Bundle, bundled, gather
 from curvlib.core.group import Group
-from curvlib.core.spread import Slices, Spread, gathered, own_sum
+from curvlib.core.slices import Slices
+from curvlib.core.spread import Spread
 
 #: What begins an error about a sharding that is not supported.
 UNFOLLOWED = "a sharding that curvlib cannot follow"
@@ -174,49 +174,6 @@ def _require_plain_hooks(name: str, module: nn.Module) -> None:
             )
 
 
-# ------------------------------------------------------------------------ adjoints
-class _Gather(torch.autograd.Function):
-    """The whole tensor from each rank's slice."""
-
-    @staticmethod
-    def forward(slice_: Tensor, slices: Slices, group: Group) -> Tensor:
-        return _columns(slice_, lambda block, more: gathered(block, slices, group, more))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004
-        _, ctx.slices, ctx.group = inputs
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Sum.apply(cotangent, ctx.slices, ctx.group), None, None  # type: ignore[no-untyped-call]
-
-
-class _Sum(torch.autograd.Function):
-    """This rank's slice of the sum over ranks of whole tensors."""
-
-    @staticmethod
-    def forward(whole: Tensor, slices: Slices, group: Group) -> Tensor:
-        return _columns(whole, lambda block, more: own_sum(block, slices, group, more))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # noqa: ARG004
-        _, ctx.slices, ctx.group = inputs
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _Gather.apply(cotangent, ctx.slices, ctx.group), None, None  # type: ignore[no-untyped-call]
-
-
-def _columns(tensor: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Applies a function under ``torch.autograd.grad(is_grads_batched=True)``, to all columns."""
-    if not torch._C._functorch.is_legacy_batchedtensor(tensor):
-        return function(tensor, 0)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    block = torch._remove_batch_dim(tensor, level, 1, 0)
-    return torch._add_batch_dim(function(block, 1), 0, level)
-
-
 # -------------------------------------------------------------------------- a pass
 class Regather(TorchFunctionMode):
     """Puts gathered values in the place of sharded parameters, wherever a function takes one.
@@ -227,10 +184,23 @@ class Regather(TorchFunctionMode):
 
     def __init__(self, places: Mapping[int, Place]) -> None:
         super().__init__()
-        self.places = dict(places)
         self.saved = 0
         self.suspended = False  # by torch.autograd.grad, as modes are while a function runs
-        self._whole: dict[StorageWeakRef, Place] = {}  # gathered tensors that are alive, or were
+        self._whole: dict[StorageWeakRef, _Member] = {}  # gathered tensors that are alive, or were
+        self._kept = _Kept()
+        self._set(places)
+
+    def _set(self, places: Mapping[int, Place]) -> None:
+        self._places = dict(places)
+        self._members: dict[int, _Member] = {}
+        cut = [(i, p.slices, p.leaf) for i, p in places.items() if p.group is not None]
+        for numbers in bundled(cut):
+            some = [self._places[number] for number in numbers]
+            assert some[0].group is not None
+            bundle = Bundle(tuple(place.slices for place in some), some[0].group)
+            leaves = tuple(place.leaf for place in some)
+            for at, number in enumerate(numbers):
+                self._members[number] = _Member(bundle, leaves, at)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Forwards the call, with gathered values."""
@@ -243,11 +213,13 @@ class Regather(TorchFunctionMode):
             if name == "__set__" or attribute not in _VALUES:
                 return func(*args, **kwargs)
         if func is torch.autograd.grad:
+            self._kept.clear()
             self.suspended = True
             try:
                 return func(*args, **kwargs)
             finally:
                 self.suspended = False
+                self._kept.clear()
         return func(*tree_map(self._value, args), **tree_map(self._value, kwargs))
 
     @contextmanager
@@ -277,30 +249,39 @@ class Regather(TorchFunctionMode):
                 handle.remove()
 
     def _value(self, item: Any) -> Any:
-        place = self.places.get(id(item)) if isinstance(item, Tensor) else None
+        place = self._places.get(id(item)) if isinstance(item, Tensor) else None
         if place is None:
             return item
         if place.group is None:
             return place.leaf
-        whole = _Gather.apply(place.leaf, place.slices, place.group)  # type: ignore[no-untyped-call]
-        return self._remembered(whole, place)
+        member = self._members[id(item)]
+        graph = torch.is_grad_enabled()
+        return self._gathered(member, graph, lambda: gather(member.bundle, member.leaves))
 
-    def _remembered(self, whole: Tensor, place: Place) -> Tensor:
-        if len(self._whole) > 1024:
-            self._whole = {ref: p for ref, p in self._whole.items() if not ref.expired()}
-        self._whole[StorageWeakRef(whole.untyped_storage())] = place
-        return whole
+    def _gathered(
+        self, member: _Member, graph: bool, work: Callable[[], Sequence[Tensor]]
+    ) -> Tensor:
+        """A whole tensor, gathered with its bundle unless that was done just now."""
+        every = self._kept.get(member.bundle, graph)
+        if every is None:
+            every = self._kept.put(member.bundle, graph, work())
+            if len(self._whole) > 1024:
+                self._whole = {ref: p for ref, p in self._whole.items() if not ref.expired()}
+            for at, whole in enumerate(every):
+                storage = StorageWeakRef(whole.untyped_storage())
+                self._whole[storage] = _Member(member.bundle, member.leaves, at)
+        return every[member.at]
 
     @contextmanager
     def instead(self, values: Mapping[int, Tensor]) -> Iterator[None]:
         """A block in which parameters, by ``id``, have other slices."""
-        before = self.places
+        before = self._places
         moved = {i: Place(v, before[i].slices, before[i].group) for i, v in values.items()}
-        self.places = before | moved
+        self._set(before | moved)
         try:
             yield
         finally:
-            self.places = before
+            self._set(before)
 
     def pack(self, tensor: Tensor) -> Any:
         """What a graph keeps of a tensor: of views of gathered parameters, how to make them."""
@@ -308,20 +289,52 @@ class Regather(TorchFunctionMode):
             storage = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):  # a batch of columns
             return tensor
-        place = self._whole.get(StorageWeakRef(storage))
-        if place is None:
+        member = self._whole.get(StorageWeakRef(storage))
+        if member is None:
             self.saved += storage.nbytes()
             return tensor
-        return place, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return member, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(self, kept: Any) -> Tensor:
         """The tensor that :meth:`pack` was given."""
         if isinstance(kept, Tensor):
             return kept
-        place, size, stride, offset = kept
+        member, size, stride, offset = kept
         with torch.no_grad():
-            whole = gathered(place.leaf.detach(), place.slices, place.group)
-        return self._remembered(whole, place).as_strided(size, stride, offset)
+            own = [leaf.detach() for leaf in member.leaves]
+            whole = self._gathered(member, False, lambda: member.bundle.gathered(own))
+            return whole.as_strided(size, stride, offset)
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """A parameter of a bundle, by its place in it, with the slices of all."""
+
+    bundle: Bundle
+    leaves: tuple[Tensor, ...]
+    at: int
+
+
+class _Kept:
+    """The whole tensors of the last two bundles: one in use, and one beside it."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Bundle, bool], Sequence[Tensor]] = {}
+
+    def get(self, bundle: Bundle, graph: bool) -> Sequence[Tensor] | None:
+        found = self._found.pop((bundle, graph), None)
+        if found is not None:
+            self._found[bundle, graph] = found  # the last used is the last to go
+        return found
+
+    def put(self, bundle: Bundle, graph: bool, wholes: Sequence[Tensor]) -> Sequence[Tensor]:
+        self._found[bundle, graph] = wholes
+        if len(self._found) > 2:
+            del self._found[next(iter(self._found))]
+        return wholes
+
+    def clear(self) -> None:
+        self._found.clear()
 
 
 @contextmanager

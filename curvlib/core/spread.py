@@ -29,46 +29,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlib.core.bundles import Bundle, bundled
 from curvlib.core.group import Group
+from curvlib.core.slices import Slices
 
 #: Entries of a vector that are drawn at once: a multiple of what one draw of any law makes.
 CHUNK = 2**20
 #: PyTorch draws fewer normal numbers than this in another way.
 _LEAST = 16
-
-
-@dataclass(frozen=True)
-class Slices:
-    """A parameter that is cut along one axis, as ``torch.chunk`` cuts.
-
-    Attributes:
-        shape: Of the whole parameter.
-        dim: The axis.
-    """
-
-    shape: tuple[int, ...]
-    dim: int
-
-    @property
-    def size(self) -> int:
-        """Entries of the whole parameter."""
-        return math.prod(self.shape)
-
-    def bounds(self, rank: int, count: int) -> tuple[int, int]:
-        """First index along the axis of rank ``rank`` of ``count``, and the one after its last.
-
-        Example:
-            >>> [Slices((7, 2), 0).bounds(rank, 3) for rank in range(3)]
-            [(0, 3), (3, 6), (6, 7)]
-        """
-        length = self.shape[self.dim]
-        chunk = -(-length // count)
-        return min(rank * chunk, length), min((rank + 1) * chunk, length)
-
-    def local(self, rank: int, count: int) -> tuple[int, ...]:
-        """Shape of the slice of a rank."""
-        first, last = self.bounds(rank, count)
-        return (*self.shape[: self.dim], last - first, *self.shape[self.dim + 1 :])
 
 
 @dataclass(frozen=True)
@@ -140,10 +108,16 @@ class Spread:
     def parameters(self, rows: Tensor) -> Iterator[Tensor]:
         """The whole block ``[P, K]`` or vector, one parameter after the other: ``[n, K]`` each."""
         tail = rows.shape[1:]
-        own = rows.detach().split([math.prod(shape) for shape in self.shapes()])
-        for piece, part, shape in zip(own, self.slices, self.shapes(), strict=True):
-            whole = gathered(piece.reshape(*shape, *tail), part, self.group)
-            yield whole.reshape(part.size, *tail)
+        shapes = self.shapes()
+        split = rows.detach().split([math.prod(shape) for shape in shapes])
+        own = [part.reshape(*shape, *tail) for part, shape in zip(split, shapes, strict=True)]
+        done, found = 0, dict[int, Tensor]()
+        for numbers in bundled(zip(range(len(own)), self.slices, own, strict=True)):
+            bundle = Bundle(tuple(self.slices[number] for number in numbers), self.group)
+            found.update(zip(numbers, bundle.gathered([own[n] for n in numbers]), strict=True))
+            while done in found:
+                yield found.pop(done).reshape(self.slices[done].size, *tail)
+                done += 1
 
     def digest(self, rows: Sequence[Tensor]) -> str:
         """What :func:`curvlib.core.operator.digest` says of whole vectors, given rows of them.
@@ -213,28 +187,3 @@ class Spread:
                 place = place // inner % part.shape[part.dim]
                 yield chunk[low - start : high - start][(place >= first) & (place < last)]
             offset += part.size
-
-
-def gathered(own: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
-    """A whole tensor from each rank's slice; ``columns`` axes more lead."""
-    axis, length = slices.dim + columns, slices.shape[slices.dim]
-    chunk = -(-length // group.size)
-    front = own.movedim(axis, 0)
-    if front.shape[0] != chunk:
-        padded = front.new_zeros((chunk, *front.shape[1:]))
-        padded[: front.shape[0]] = front
-        front = padded
-    return group.joined(front)[:length].movedim(0, axis).contiguous()
-
-
-def own_sum(whole: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
-    """This rank's slice of the sum over ranks of whole tensors."""
-    axis, length = slices.dim + columns, slices.shape[slices.dim]
-    chunk = -(-length // group.size)
-    front = whole.movedim(axis, 0)
-    if length != chunk * group.size:
-        padded = front.new_zeros((chunk * group.size, *front.shape[1:]))
-        padded[:length] = front
-        front = padded
-    first, last = slices.bounds(group.rank, group.size)
-    return group.own_sum(front)[: last - first].movedim(0, axis).contiguous()

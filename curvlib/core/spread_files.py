@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.files import atomic_write
-from curvlib.core.spread import Slices, Spread
+from curvlib.core.slices import Slices
+from curvlib.core.spread import Spread
 
 #: Name of the fields, of a state's class, whose tensors are rows: their last axis is a vector's.
 FIELDS = "SPREAD"

@@ -57,7 +57,7 @@ def in_turns(
                 break
             if block is None:
                 block = like.new_empty((length, like.shape[-1]))
-            yield group.sent(block.contiguous(), rank)
+            yield group.from_rank(block.contiguous(), rank)
 
 
 class _Ahead:

@@ -10,7 +10,8 @@ import torch
 
 from curvlib.core import spread as spread_module
 from curvlib.core.group import Group
-from curvlib.core.spread import Slices, Spread
+from curvlib.core.slices import Slices
+from curvlib.core.spread import Spread
 from curvlib.core.spread_files import put_together, taken_apart
 from curvlib.estimators.krylov_state import KrylovState
 from curvlib.estimators.probes import LAWS, fill_normal, fill_probes

@@ -577,10 +577,13 @@ def left_alone(rank: int, size: int) -> str:
 
     def joined(self: Group, block: torch.Tensor) -> torch.Tensor:
         passed[0] += 1
-        if rank == 0 and passed[0] == 14:  # 8 forward, 4 backward: then comes the second one
+        if rank == 0 and passed[0] == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(self, block)
 
+    fatal = 0
     H, b = cl.hessian(risk), columns(risk, 1)
     Group.joined = joined  # type: ignore[method-assign]
+    H @ b
+    fatal = 2 * passed[0] - 1  # the last but one of the next product
     return _said(lambda: H @ b)
