@@ -8,6 +8,10 @@ waits); ``reduction`` the share of a product's time that the first rank spends i
 other, waiting included; ``bytes`` what a rank hands to collectives in one product, ``formula`` what
 :mod:`curvlib.core.joined` says. The batch of each problem is cut in two.
 
+Then products of a model that FSDP2 shards, as ratios to FSDP2's own gradient and to the same product
+with whole parameters, with the number of messages; ``sent_to_parameters`` is what a rank hands to
+collectives in units of the parameters' bytes.
+
 The last rows are the traffic of a sliding M-FAC window's step and of an EK-FAC fit against theirs.
 """
 
@@ -48,7 +52,9 @@ def traffic() -> Iterator[Traffic]:
 
     def counted(name: str, own: Callable[..., Any], at: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found.bytes += args[at].numel() * args[at].element_size()
+            named = (kwargs[key] for key in ("input", "input_tensor") if key in kwargs)
+            sent = args[at] if len(args) > at else next(named)
+            found.bytes += sent.numel() * sent.element_size()
             found.calls[name] = found.calls.get(name, 0) + 1
             start = time.perf_counter()
             try:
@@ -59,6 +65,9 @@ def traffic() -> Iterator[Traffic]:
         return call
 
     places = {"all_reduce": 0, "broadcast": 0, "all_gather": 1}
+    places |= {"all_gather_single": 1, "all_gather_into_tensor": 1}
+    places |= {"reduce_scatter_single": 1, "reduce_scatter_tensor": 1}
+    places = {name: at for name, at in places.items() if hasattr(dist, name)}
     before = {name: getattr(dist, name) for name in places}
     for name, at in places.items():
         setattr(dist, name, counted(name, before[name], at))
@@ -127,6 +136,73 @@ def products(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, A
                         flush=True,
                     )
                     rows.append(row)
+    return rows
+
+
+def sharded(rank: int, size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Products of a model that FSDP2 shards, beside FSDP2's own gradient and whole parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import curvlib as cl
+
+    problem, cut = common.problem("gpt"), common.problem("gpt")
+    loss = nn.CrossEntropyLoss()
+    tokens, count = len(problem.y) // len(problem.x), len(problem.x)
+    own = slice(rank * count // size, (rank + 1) * count // size)
+    x, y = problem.x[own], problem.y[own.start * tokens : own.stop * tokens]
+    mesh = init_device_mesh("cpu", (size,))
+    for module in cut.model.modules():
+        if isinstance(module, common.Block):
+            fully_shard(module, mesh=mesh)
+    fully_shard(cut.model, mesh=mesh)
+    risks = {"whole": cl.Risk(problem.model, loss, [(x, y)])}
+    risks["sharded"] = cl.Risk(cut.model, loss, [(x, y)])
+    vector = common.vectors(problem.size, 1)[:, 0]
+    vectors = {"whole": vector, "sharded": risks["sharded"].space.scatter(vector)}
+
+    def gradient() -> None:
+        loss(cut.model(x), y).backward()
+
+    rows = []
+    for kind, make in (("hessian", cl.hessian), ("ggn", cl.ggn)):
+        works: dict[str, Callable[[], Any]] = {"gradient": gradient}
+        for name, risk in risks.items():
+            op = make(risk)
+            works[name] = lambda op=op, v=vectors[name]: op @ v
+        found = {name: works[name]() for name in risks}
+        gap = common.error(risks["sharded"].space.gather(found["sharded"]), found["whole"].double())
+        gradient()
+        seconds: dict[str, list[float]] = {name: [] for name in works}
+        seen: dict[str, Traffic] = {}
+        for _ in range(args.rounds):
+            for name, run in works.items():
+                dist.barrier()
+                with traffic() as seen[name]:
+                    start = time.perf_counter()
+                    run()
+                    seconds[name].append(time.perf_counter() - start)
+        middle = {name: statistics.median(v) for name, v in seconds.items()}
+        sent = seen["sharded"]
+        row = {
+            "problem": "gpt sharded by FSDP2",
+            "operator": kind,
+            "to_gradient": middle["sharded"] / middle["gradient"],
+            "to_whole": middle["sharded"] / middle["whole"],
+            "exchange": sent.seconds / seconds["sharded"][-1],
+            "messages": sum(sent.calls.values()),
+            "tensors": len(list(cut.model.parameters())),
+            "sent_to_parameters": sent.bytes / (4 * problem.size),
+            "difference": gap,
+        }
+        if rank == 0:
+            print(
+                f"gpt sharded, {kind}: {row['to_gradient']:.2f} of FSDP2's gradient, "
+                f"{row['to_whole']:.2f} of the product with whole parameters, {row['messages']} "
+                f"messages for {row['tensors']} parameters, differs by {gap:.1e}",
+                flush=True,
+            )
+            rows.append(row)
     return rows
 
 
@@ -244,6 +320,7 @@ def _step(
 
 PARTS: dict[str, Callable[[int, int, argparse.Namespace], list[dict[str, Any]]]] = {
     "products": products,
+    "sharded": sharded,
     "ekfac": ekfac,
     "mfac": mfac,
 }
