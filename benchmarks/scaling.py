@@ -8,9 +8,9 @@ waits); ``reduction`` the share of a product's time that the first rank spends i
 other, waiting included; ``bytes`` what a rank hands to collectives in one product, ``formula`` what
 :mod:`curvlib.core.joined` says. The batch of each problem is cut in two.
 
-Then products of a model that FSDP2 shards, as ratios to FSDP2's own gradient and to the same product
-with whole parameters, with the number of messages; ``sent_to_parameters`` is what a rank hands to
-collectives in units of the parameters' bytes.
+Then products of a model that FSDP2 shards, as ratios to FSDP2's own gradient and to the same
+product with whole parameters, with the number of messages; ``sent_to_parameters`` is what a rank
+hands to collectives in units of the parameters' bytes.
 
 The last rows are the traffic of a sliding M-FAC window's step and of an EK-FAC fit against theirs.
 """
