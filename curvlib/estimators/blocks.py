@@ -20,7 +20,7 @@ from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.space import ParamSpace
 from curvlib.estimators.cells import Cells, Piece, cell_shape, pieces
-from curvlib.estimators.stopping import t_quantiles
+from curvlib.estimators.intervals import t_quantiles
 
 #: What a parameter space is divided into.
 KINDS = ("layers", "channels", "kernels")

@@ -26,6 +26,7 @@ from curvlib.estimators.diagonal_means import averaged
 from curvlib.estimators.differentiable import diagonal_with_graph
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.exact import exact
+from curvlib.estimators.intervals import t_quantile
 from curvlib.estimators.rows import norms
 from curvlib.estimators.stopping import (
     KEPT_BYTES,
@@ -35,7 +36,6 @@ from curvlib.estimators.stopping import (
     plan,
     products_of,
     relative,
-    t_quantile,
 )
 
 #: Methods, and the products that a probe costs in each.

@@ -10,7 +10,7 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator
 from curvlib.estimators import sampling
 from curvlib.estimators.blocks import Blocks, block_table
-from curvlib.estimators.stopping import degrees_of, mean_and_stderr
+from curvlib.estimators.intervals import degrees_of, mean_and_stderr
 
 #: Numbers in a block of rows that is worked on at once: several such blocks fit a CPU's caches.
 CACHED = 2**16

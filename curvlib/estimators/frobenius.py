@@ -15,14 +15,12 @@ from curvlib.core.result import Result
 from curvlib.core.run import Progress
 from curvlib.estimators import exchangeable, leave_one_out, sampling
 from curvlib.estimators.exact import exact
+from curvlib.estimators.intervals import interval, mean_and_stderr, mean_interval
 from curvlib.estimators.rows import inner
 from curvlib.estimators.stopping import (
     KEPT_BYTES,
     Plan,
-    interval,
     law_of_sketch,
-    mean_and_stderr,
-    mean_interval,
     one_of,
     plan,
     products_of,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.estimators import quadrature, stopping
+from curvlib.estimators import intervals, quadrature
 from curvlib.estimators.quadrature import QuadratureState
 
 #: A function of eigenvalues: maps a float64 tensor to one of the same shape.
@@ -67,9 +67,9 @@ class Sums:
         nodes, weights, _ = quadrature.quadrature(state)
         exact, values, clipped = self._evaluate(nodes, weights)
         samples = (weights * values).sum(1) * self.dimension
-        mean, error = stopping.mean_and_stderr(samples)
+        mean, error = intervals.mean_and_stderr(samples)
         value, stderr = exact + float(mean), float(error)
-        interval = stopping.interval(value, stderr, samples.numel() - 1)
+        interval = intervals.interval(value, stderr, samples.numel() - 1)
         if self.sphere:
             stderr, skewness = sphere_spread(values, weights, self.dimension)
             interval = skewed_interval(value, stderr, skewness)

@@ -18,14 +18,8 @@ from curvlib.estimators.blocks import BlockMeans, Moments, block_table, blocks_o
 from curvlib.estimators.diagonal import DiagonalEstimate, norm_error
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.frobenius import root_error
-from curvlib.estimators.stopping import (
-    mean_and_stderr,
-    mean_interval,
-    one_of,
-    plan,
-    products_of,
-    relative,
-)
+from curvlib.estimators.intervals import mean_and_stderr, mean_interval
+from curvlib.estimators.stopping import one_of, plan, products_of, relative
 
 #: What can be estimated.
 KINDS = ("trace", "diagonal", "frobenius", "layers")

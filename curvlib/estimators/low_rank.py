@@ -19,8 +19,9 @@ from curvlib.estimators import adaptive_rank, fixed_rank
 from curvlib.estimators.adaptive_rank import Growth, GrowthState
 from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import require_symmetric
+from curvlib.estimators.intervals import mean_interval
 from curvlib.estimators.probes import generator_of
-from curvlib.estimators.stopping import mean_interval, products_of
+from curvlib.estimators.stopping import products_of
 
 #: Single-pass approximation of positive semi-definite operators, and Rayleigh-Ritz for any.
 METHODS = ("nystrom", "eigh")
@@ -76,7 +77,7 @@ class LowRank(Result):
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of :attr:`error`, from its samples by fresh probes.
 
-        As that of a mean of squares: see :func:`curvlib.estimators.stopping.mean_interval`.
+        As that of a mean of squares: see :func:`curvlib.estimators.intervals.mean_interval`.
         """
         return self.low, self.high
 

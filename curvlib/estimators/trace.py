@@ -16,13 +16,11 @@ from curvlib.core.run import Progress
 from curvlib.estimators import exchangeable, hutchpp, leave_one_out, leave_one_out_psd, sampling
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.exact import exact
+from curvlib.estimators.intervals import interval, mean_and_stderr, mean_interval
 from curvlib.estimators.stopping import (
     KEPT_BYTES,
     Plan,
-    interval,
     law_of_sketch,
-    mean_and_stderr,
-    mean_interval,
     one_of,
     only_hutchinson,
     plan,

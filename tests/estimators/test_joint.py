@@ -14,8 +14,8 @@ from curvlib.core.result import Result
 from curvlib.core.space import ParamSpace
 from curvlib.estimators.diagonal import diagonal
 from curvlib.estimators.frobenius import frobenius_norm
+from curvlib.estimators.intervals import mean_interval
 from curvlib.estimators.joint import Estimate, estimate
-from curvlib.estimators.stopping import mean_interval
 from curvlib.estimators.trace import trace
 from tests.estimators.small import columnwise, interrupted, killed, matrix, operator, same
 

@@ -11,7 +11,7 @@ import torch
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
-from curvlib.estimators.stopping import mean_interval, t_quantiles
+from curvlib.estimators.intervals import mean_interval, t_quantiles
 from curvlib.estimators.trace import METHODS, Trace, choose, trace
 from tests.estimators.small import (
     columnwise,
