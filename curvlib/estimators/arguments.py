@@ -2,7 +2,6 @@ r"""What estimators take, checked: every error says what was expected, what came
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.spread import Spread
+from curvlib.core.structured import finite_number
 from curvlib.estimators.rows import finite_everywhere
 
 #: Conjugate gradients, MINRES, Neumann series, and the operator's own ``solve``.
@@ -32,20 +32,20 @@ def read_settings(
         TypeError: If one is of a wrong type.
         ValueError: If one does not fit.
     """
-    damping = number("damping", damping)
+    damping = finite_number("damping", damping)
     method = choose_method(op, method, damping)
     if method == "direct" and preconditioner is not None:
         raise ValueError("method='direct' takes no preconditioner=; use 'cg' or 'minres'")
     if tolerance is None:
         tolerance = 1e-6 if op.dtype == torch.float64 else 1e-4
-    tolerance = number("tolerance", tolerance)
+    tolerance = finite_number("tolerance", tolerance)
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"expected 0 < tolerance < 1, got {tolerance}")
     if method != "neumann" and (terms is not None or scale is not None):
         raise ValueError(f"terms= and scale= belong to method='neumann', got method={method!r}")
     if terms is not None:
         require_counts(terms=(terms, 1))
-    if scale is not None and not number("scale", scale) > 0.0:
+    if scale is not None and not finite_number("scale", scale) > 0.0:
         raise ValueError(f"expected a positive scale=, got {scale}")
     if method == "neumann" and preconditioner is not None and scale is None:
         raise ValueError(
@@ -159,20 +159,6 @@ def column_norms(columns: Tensor, spread: Spread | None = None) -> Tensor:
     scale = torch.where(largest > 0.0, largest, torch.ones_like(largest))
     norms: Tensor = torch.linalg.vector_norm(columns / scale, dim=0) * scale
     return norms
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it is not finite.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"expected a number for {name}, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number for {name}, got {value}")
-    return float(value)
 
 
 def require_counts(**counts: tuple[Any, int]) -> None:

@@ -14,6 +14,7 @@ from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.run import Progress, run
 from curvlib.estimators import quadrature, smoothing
+from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import Eigenpairs, deflation_rows, require_symmetric
 from curvlib.estimators.probes import generator_of
 from curvlib.estimators.quadrature import QuadratureState
@@ -243,11 +244,7 @@ def density(
         via stochastic Lanczos quadrature*, SIAM J. Matrix Anal. Appl. 38 (2017).
     """
     op = require_symmetric(op, spread=True)
-    for name, value, least in (("steps", steps, 1), ("probes", probes, 1), ("points", points, 32)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected an int for {name}, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"expected {name} >= {least}, got {value}")
+    require_counts(steps=(steps, 1), probes=(probes, 1), points=(points, 32))
     if law not in ("sphere", "rademacher"):
         raise ValueError(f"expected law='sphere' or 'rademacher', got {law!r}")
     for name, limit in (("width", width), ("near_zero", near_zero)):

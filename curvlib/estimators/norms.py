@@ -13,7 +13,8 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator, as_operator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, run
-from curvlib.estimators.arguments import number, require_counts
+from curvlib.core.structured import finite_number
+from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import eigenpairs
 from curvlib.estimators.lanczos import power_of_two
 from curvlib.estimators.probes import LAWS, fill_probes, generator_of
@@ -103,7 +104,7 @@ def spectral_norm(
     square = op if symmetric else scaled @ scaled.T if wide else scaled.T @ scaled
     if max_products is not None:
         require_counts(max_products=(max_products, 3 if symmetric else 8))
-    if not 0.0 < number("tolerance", tolerance) < 1.0:
+    if not 0.0 < finite_number("tolerance", tolerance) < 1.0:
         raise ValueError(f"expected 0 < tolerance < 1, got {tolerance}")
     pairs = eigenpairs(
         square,

@@ -20,6 +20,7 @@ from torch import Tensor
 from curvlib.core.exhausted import names_what_fits
 from curvlib.core.operator import LinearOperator
 from curvlib.core.run import Progress, Report, run
+from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.philox import draw_keys
 from curvlib.estimators.probe_kernels import ProbeKernels
 from curvlib.estimators.probes import LAWS, fill_probes, fill_signs, generator_of
@@ -249,10 +250,7 @@ def whole(name: str, value: int) -> int:
         TypeError: If it is no integer.
         ValueError: If it is not positive.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected an int for {name}, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1, got {value}")
+    require_counts(**{name: (value, 1)})
     return value
 
 

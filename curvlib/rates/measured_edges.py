@@ -36,6 +36,7 @@ from curvlib.core.result import Result, axes_or_new
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
 from curvlib.core.turns import added
+from curvlib.estimators.arguments import require_counts
 from curvlib.rates.arguments import require_risk
 from curvlib.rates.edge import bracket, edge_of_brackets, require_grid
 
@@ -206,11 +207,7 @@ def measured_edges(
     sizes = [require_batch_size(size, count) for size in batch_sizes]
     if not sizes:
         raise ValueError("expected at least one batch size, got none")
-    for name, number, least in (("steps", steps, 4), ("seeds", seeds, 1)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"expected an int for {name}, got {type(number).__name__}")
-        if number < least:
-            raise ValueError(f"expected {name} >= {least}, got {number}")
+    require_counts(steps=(steps, 4), seeds=(seeds, 1))
     if not (rise > 1.0 and math.isfinite(rise)):
         raise ValueError(f"expected rise > 1 (a factor of the loss at the start), got {rise}")
     require_grid(guess, ratio)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curvlib.core.result import Result
+from curvlib.estimators.arguments import require_counts
 from curvlib.rates.learning_rate import MaxLearningRate
 from curvlib.rates.methods import OPTIMIZERS
 
@@ -92,11 +93,7 @@ def scale(
     """
     if not (math.isfinite(lr) and lr > 0.0):
         raise ValueError(f"expected a positive learning rate, got {lr}")
-    for name, size in (("from_batch", from_batch), ("to_batch", to_batch)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"expected an int for {name}, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"expected {name} >= 1, got {size}")
+    require_counts(from_batch=(from_batch, 1), to_batch=(to_batch, 1))
     if optimizer not in OPTIMIZERS:
         raise ValueError(
             f"unknown optimizer={optimizer!r}; there are {', '.join(map(repr, OPTIMIZERS))}"
