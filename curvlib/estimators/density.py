@@ -13,7 +13,7 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.run import Progress, run
-from curvlib.estimators import quadrature, smoothing
+from curvlib.estimators import intervals, quadrature, smoothing
 from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import Eigenpairs, deflation_rows, require_symmetric
 from curvlib.estimators.probes import generator_of
@@ -98,7 +98,7 @@ class Density(Result):
         if grid.ndim != 1 or grid.numel() < 2 or not bool((grid.diff() > 0).all()):
             raise ValueError("expected a grid of at least two increasing points")
         widths = smoothing.kernel_widths(self.nodes, self.residuals, grid, width)
-        return smoothing.mean_and_stderr(
+        return intervals.mean_and_stderr(
             smoothing.smooth(grid, self.nodes, self.weights, widths, self.psd)
         )
 
@@ -138,7 +138,7 @@ class Density(Result):
 
         widths = smoothing.kernel_widths(self.nodes, self.residuals, grid, None)
         widths = torch.maximum(widths, resolution * decade(self.nodes))
-        density, stderr = smoothing.mean_and_stderr(
+        density, stderr = intervals.mean_and_stderr(
             smoothing.smooth(grid, self.nodes, self.weights, widths, self.psd)
         )
         return grid, density * decade(grid), stderr * decade(grid)
@@ -147,7 +147,7 @@ class Density(Result):
         """Share of eigenvalues between ``low`` and ``high``, and its standard error over probes."""
         bulk = smoothing.mass_between(self.nodes, self.weights, self.residuals, low, high)
         inside = int(((self.outliers >= low) & (self.outliers <= high)).sum())
-        value, stderr = smoothing.mean_and_stderr(bulk[:, None])
+        value, stderr = intervals.mean_and_stderr(bulk[:, None])
         return float(value[0]) + inside / self.size, float(stderr[0])
 
     def plot(
@@ -315,13 +315,13 @@ def _finish(
     near_zero = 1e-3 * norm if near_zero is None else float(near_zero)
     grid = smoothing.even_grid(nodes, residuals, settings["points"], settings["width"], op.psd)
     widths = smoothing.kernel_widths(nodes, residuals, grid, settings["width"])
-    smooth, stderr = smoothing.mean_and_stderr(
+    smooth, stderr = intervals.mean_and_stderr(
         smoothing.smooth(grid, nodes, weights, widths, op.psd)
     )
     steps = (exact[None, :] <= grid[:, None]).sum(1).double() / size
     shares = smoothing.mass_between(nodes, weights, residuals, -near_zero, near_zero)
-    near, near_stderr = smoothing.mean_and_stderr(shares[:, None])
-    moments, moments_stderr = smoothing.mean_and_stderr(
+    near, near_stderr = intervals.mean_and_stderr(shares[:, None])
+    moments, moments_stderr = intervals.mean_and_stderr(
         (weights * nodes).sum(1, keepdim=True) * size
     )
     return Density(

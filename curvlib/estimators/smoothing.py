@@ -70,18 +70,6 @@ def mass_between(
     return (weights * torch.where(sharp, inside.double(), share)).sum(1)
 
 
-def mean_and_stderr(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over probes and its standard error; NaN with one probe.
-
-    Args:
-        samples: ``[probes, n]``.
-    """
-    mean = samples.mean(0)
-    if samples.shape[0] == 1:
-        return mean, torch.full_like(mean, math.nan)
-    return mean, samples.std(0) / math.sqrt(samples.shape[0])
-
-
 def _gaussians(grid: Tensor, nodes: Tensor, weights: Tensor, widths: Tensor) -> Tensor:
     scaled = (grid[None, :, None] - nodes[:, None, :]) / widths[:, None, :]
     heights = weights / (widths * math.sqrt(2.0 * math.pi))

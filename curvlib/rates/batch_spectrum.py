@@ -21,7 +21,7 @@ from curvlib.core.random import generator_of
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
-from curvlib.estimators import smoothing
+from curvlib.estimators import intervals, smoothing
 from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.density import density
 from curvlib.estimators.eigenpairs import eigenpairs
@@ -276,7 +276,7 @@ def _finish(
     grid = smoothing.even_grid(state.nodes, state.residuals, settings["points"], None, psd)
     widths = smoothing.kernel_widths(state.nodes, state.residuals, grid, None)
     curves = smoothing.smooth(grid, state.nodes, state.weights, widths, psd)
-    mean, stderr = smoothing.mean_and_stderr(curves[1:])
+    mean, stderr = intervals.mean_and_stderr(curves[1:])
     b = effective_batch(batch_size, count)
     noise = max(variance, 0.0)
     bulk = max(trace - high, 0.0) / max(size - 1, 1)
