@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.operators import window_gram, window_state
+from curvlib.operators import window_gram, window_order, window_state
 from curvlib.operators.window_arguments import part_lengths, require_dtype, require_size
 
 F64 = torch.float64
@@ -80,8 +80,7 @@ class SparseWindow:
         with torch.inference_mode(False):
             self._values = torch.zeros(shape, dtype=self.dtype, device=self.device)
             self._columns = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            grams = (len(self.parts), self.size, self.size)
-            self._gram = torch.zeros(grams, dtype=F64, device=self.device)
+            self._gram = window_gram.empty(len(self.parts), self.size, self.device)
         self._order: list[int] = []
 
     # ------------------------------------------------------------------- reading
@@ -115,9 +114,7 @@ class SparseWindow:
         Raises:
             IndexError: If there is no such row.
         """
-        if not -self.count <= index < self.count:
-            raise IndexError(f"there is no row {index} in a window that holds {self.count} rows")
-        return self._order[index]
+        return window_order.slot_of(self._order, index)
 
     def rows(self) -> Tensor:
         """A copy of all rows ``[count, P]``, oldest first, zero where nothing is stored."""
@@ -191,11 +188,7 @@ class SparseWindow:
                 f"expected {expected[0]} columns and values, got shapes {list(columns.shape)} and "
                 f"{list(values.shape)}"
             )
-        if self.count < self.size:
-            slot = self.count
-        else:
-            slot = self._order.pop(0)
-        self._order.append(slot)
+        (slot,), self._order = window_order.with_new(self._order, 1, self.size)
         self._columns[slot] = columns
         self._values[slot] = values
         self.version += 1
@@ -221,12 +214,11 @@ class SparseWindow:
             ValueError: If the state is that of rows of another length, type or split into parts.
         """
         window_state.require_alike(self._settings(), state, ("kept",))
-        kept, order = window_state.places(state["order"], self.size)
+        kept, order = window_order.places(state["order"], self.size)
         self._values[: len(kept)] = state["values"][kept].to(self.device)
         self._columns[: len(kept)] = state["columns"][kept].to(self.device)
         self._order = order
-        gram = state["gram"][:, kept][:, :, kept]
-        self._gram[:, : self.count, : self.count] = gram.to(self.device)
+        window_gram.take(self._gram, state["gram"], kept)
         self.version += 1
 
     def __repr__(self) -> str:

@@ -35,25 +35,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.memory import available_memory
 from curvlib.core.spread import Spread
-from curvlib.operators import row_products, window_gram, window_state
+from curvlib.operators import row_products, window_blocks, window_gram, window_order, window_state
 from curvlib.operators.window_arguments import (
     as_rows,
     finite_rows,
     part_lengths,
     require_dtype,
     require_fused,
-    require_memory,
+    require_one_part,
     require_size,
     require_storage,
 )
 from curvlib.operators.window_kernels import WindowKernels
 
 F64 = torch.float64
-
-#: Bytes of a block of columns of a window that is kept off the device.
-BLOCK_BYTES = 2**26
 
 #: Rows pushed at once from which their Gram entries are computed in float64 right away.
 MANY = 8
@@ -109,14 +105,9 @@ class Window:
         fused: bool | None = None,
         spread: Spread | None = None,
     ) -> None:
+        require_one_part(length, parts, spread)
         self.spread = spread
         self.length = require_size("length", length) if spread is None else spread.length
-        if spread is not None and (parts is not None or length != spread.length):
-            raise ValueError(
-                "a window whose rows are spread over processes has one part, of this process's "
-                f"{spread.length} entries, got length={length}, parts={parts!r} (a sharding that "
-                "curvlib cannot follow)"
-            )
         self.size = require_size("size", size)
         self.dtype = require_dtype(dtype)
         self.device = torch.empty(0, device=device).device
@@ -126,33 +117,13 @@ class Window:
         self.fused = require_fused(fused, self.dtype, self.device, self.storage)
         fits = self.fused is not False and self.storage is None
         self._kernels = WindowKernels.of(self.dtype, self.device) if fits else None
-        self._allocate()
-
-    def _allocate(self) -> None:
-        home = torch.device("cpu") if self.storage == "cpu" else self.device
-        require_memory(
-            self.length, self.size, self.dtype, home, available_memory(home), len(self.parts)
-        )
-        pinned = home.type == "cpu" and self.device.type == "cuda"
-        shape = (len(self.parts), self.size, self.size)
         with torch.inference_mode(False):  # what is made there can never be changed outside
-            self._blocks = [
-                torch.empty((self.size, n), dtype=self.dtype, device=home, pin_memory=pinned)
-                for n in (stop - start for _, start, stop in self._cuts())
-            ]
-            self._gram = torch.zeros(shape, dtype=F64, device=self.device)
+            self._blocks = window_blocks.empty(
+                self.parts, self.size, self.dtype, self.device, self.storage
+            )
+            self._gram = window_gram.empty(len(self.parts), self.size, self.device)
         self._order: list[int] = []  # slots, oldest row first; they are 0 ... count - 1
         self._rounded: set[int] = set()  # slots whose Gram entries came from float32 products
-
-    def _cuts(self) -> Iterator[tuple[int, int, int]]:
-        """The part, start and stop of each block of columns."""
-        longest = max(1, BLOCK_BYTES // (self.size * self.dtype.itemsize))
-        start = 0
-        for part, length in enumerate(self.parts):
-            stop, step = start + length, longest if self.storage == "cpu" else length
-            for first in range(start, stop, step):
-                yield part, first, min(first + step, stop)
-            start = stop
 
     # ------------------------------------------------------------------- reading
     @property
@@ -173,7 +144,7 @@ class Window:
     @property
     def nbytes(self) -> int:
         """Bytes that the window takes, with its Gram matrices."""
-        return sum(t.nbytes for t in self._blocks) + self._gram.nbytes
+        return sum(block.rows.nbytes for block in self._blocks) + self._gram.nbytes
 
     def slot(self, index: int) -> int:
         """Where a row is stored; ``index`` 0 is the oldest, -1 the newest.
@@ -181,21 +152,15 @@ class Window:
         Raises:
             IndexError: If there is no such row.
         """
-        if not -self.count <= index < self.count:
-            raise IndexError(f"there is no row {index} in a window that holds {self.count} rows")
-        return self._order[index]
+        return window_order.slot_of(self._order, index)
 
     def row(self, index: int) -> Tensor:
         """A copy of one row ``[P]``, as it is stored; 0 is the oldest, -1 the newest."""
-        return self._at(self.slot(index))
+        return window_blocks.rows(self._blocks, [self.slot(index)], self.device)[0]
 
     def rows(self) -> Tensor:
         """A copy of all rows ``[count, P]``, oldest first, on the device."""
-        out = torch.empty((self.count, self.length), dtype=self.dtype, device=self.device)
-        for i, slot in enumerate(self._order):
-            for (_, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
-                out[i, start:stop] = block[slot]
-        return out
+        return window_blocks.rows(self._blocks, self._order, self.device)
 
     def gram(self) -> Tensor:
         """Gram matrices ``[parts, count, count]`` in float64, oldest row first."""
@@ -207,21 +172,16 @@ class Window:
 
     def columns(self, indices: Tensor) -> Tensor:
         """Some columns ``[count, n]`` of the window in float64, in the order of :meth:`slot`."""
-        out = torch.empty((self.count, len(indices)), dtype=F64, device=self.device)
-        for (_, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
-            inside = ((indices >= start) & (indices < stop)).nonzero()[:, 0]
-            if len(inside):
-                which = (indices[inside] - start).to(block.device)
-                out[:, inside] = block[: self.count][:, which].to(self.device, F64)
-        return out
+        return window_blocks.columns(self._blocks, self.count, indices, self.device)
 
     def pieces(self) -> Iterator[tuple[int, int, int, Tensor]]:
         """All that is stored, once: ``(part, start, stop, rows [count, stop - start])``.
 
         Rows are in the order of :meth:`slot`, on the device: views where they live there.
         """
-        for (part, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
-            yield part, start, stop, block[: self.count].to(self.device, non_blocking=True)
+        for block in self._blocks:
+            rows = block.rows[: self.count].to(self.device, non_blocking=True)
+            yield block.part, block.start, block.stop, rows
 
     def inner(self, columns: Tensor, *, exact: bool = False) -> Tensor:
         """``G X`` for ``X`` ``[P, K]``, part by part: ``[parts, count, K]`` in float64."""
@@ -274,55 +234,39 @@ class Window:
         # beyond the stored type's range is as bad as infinite
         stored = new.to(self.dtype)
         if check:
-            kept = finite_rows(stored, skip=skip_non_finite, source=new, spread=self.spread)
-            if kept is not None:
-                stored = stored[kept]
-        taken = len(stored)
-        stored = stored[-self.size :] if taken > self.size else stored
-        if not taken:
-            return 0
-        self._insert(stored)
-        return taken
+            stored = finite_rows(stored, skip=skip_non_finite, source=new, spread=self.spread)
+        if len(stored):
+            self._insert(stored[-self.size :])
+        return len(stored)
 
     def _insert(self, new: Tensor) -> None:
-        k, free = len(new), self.size - self.count
-        slots = list(range(self.count, self.count + min(k, free)))
-        reused = k - len(slots)
-        slots += self._order[:reused]
-        self._order = self._order[reused:] + slots
+        slots, self._order = window_order.with_new(self._order, len(new), self.size)
         self.version += 1
-        if k == 1 and self._kernels is not None:
-            self._rounded.add(slots[0])
-            self._push(self._kernels, new[0].contiguous(), slots[0])
-            return
-        for (_, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
-            for row, slot in zip(new, slots, strict=True):
-                block[slot].copy_(row[start:stop], non_blocking=True)
-        exact = k >= MANY or self.dtype == F64
-        self._rounded -= set(slots)
-        self._rounded |= set() if exact else set(slots)
-        self._compute_gram(new, slots, exact=exact)
+        exact = len(new) >= MANY or self.dtype == F64
+        self._rounded = self._rounded.difference(slots).union([] if exact else slots)
+        if len(new) == 1 and self._kernels is not None:
+            products = self._pushed(self._kernels, new[0].contiguous(), slots[0])
+        else:
+            window_blocks.write(self._blocks, new, slots)
+            products = self._exact(new, slots) if exact else self.inner(new.mT)
+        window_gram.write(self._gram, products, slots)
 
-    def _push(self, kernels: WindowKernels, row: Tensor, slot: int) -> None:
-        """Writes a row and its Gram entries, reading the others once."""
-        shape = (len(self.parts), self.count, 1)
-        products = torch.empty(shape, dtype=F64, device=self.device)
-        for (part, start, stop), block in zip(self._cuts(), self._blocks, strict=True):
-            products[part, :, 0] = kernels.push(block, self.count, slot, row[start:stop])
-        window_gram.write(self._gram, self.summed(products), [slot])
+    def _pushed(self, kernels: WindowKernels, row: Tensor, slot: int) -> Tensor:
+        """Writes a row and returns all rows' products with it, reading the others once."""
+        out = torch.empty((len(self.parts), self.count, 1), dtype=F64, device=self.device)
+        for block in self._blocks:
+            own = row[block.start : block.stop]
+            out[block.part, :, 0] = kernels.push(block.rows, self.count, slot, own)
+        return self.summed(out)
 
-    def _compute_gram(self, new: Tensor, slots: list[int], *, exact: bool) -> None:
-        """Writes rows and columns of the Gram matrices, from the stored rows, in one pass."""
+    def _exact(self, new: Tensor, slots: list[int]) -> Tensor:
+        """Products of all rows with those in some slots, in float64, in one pass."""
         whole = slots == list(range(self.count))
         shape = (len(self.parts), self.count, len(new))
-        products = torch.zeros(shape, dtype=F64, device=self.device)
+        out = torch.zeros(shape, dtype=F64, device=self.device)
         for part, start, stop, rows in self.pieces():
-            if exact:
-                others = rows if whole else new[:, start:stop]
-                products[part] += row_products.gram(rows, others)
-            else:
-                products[part] += row_products.inner(rows, new[:, start:stop].mT)
-        window_gram.write(self._gram, self.summed(products), slots)
+            out[part] += row_products.gram(rows, rows if whole else new[:, start:stop])
+        return self.summed(out)
 
     def polish(self) -> bool:
         """Computes Gram entries that came from float32 products again, in float64, in one pass.
@@ -335,12 +279,9 @@ class Window:
         slots = sorted(self._rounded)
         self._rounded = set()
         self.version += 1
-        new = torch.stack([self._at(slot) for slot in slots])
-        self._compute_gram(new, slots, exact=True)
+        new = window_blocks.rows(self._blocks, slots, self.device)
+        window_gram.write(self._gram, self._exact(new, slots), slots)
         return True
-
-    def _at(self, slot: int) -> Tensor:
-        return torch.cat([block[slot].to(self.device) for block in self._blocks])
 
     def evict(self) -> None:
         """Forgets the oldest row.
@@ -356,19 +297,15 @@ class Window:
         Raises:
             IndexError: If there is no such row.
         """
-        slot, last = self.slot(index), self.count - 1
-        self._order.remove(slot)
-        self._rounded.discard(slot)
+        last = self.count - 1
+        self._order, slot = window_order.without(self._order, index)
+        self._rounded = {slot if own == last else own for own in self._rounded - {slot}}
         self.version += 1
         if slot == last:
             return
         for block in self._blocks:
-            block[slot].copy_(block[last])
+            block.rows[slot].copy_(block.rows[last])
         window_gram.move(self._gram, last, slot)
-        self._order[self._order.index(last)] = slot
-        if last in self._rounded:
-            self._rounded.remove(last)
-            self._rounded.add(slot)
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -401,7 +338,7 @@ class Window:
         Tensors share memory with the window, as those of any ``state_dict`` do.
         """
         settings = window_state.settings(self.length, self.size, self.dtype, self.parts)
-        rows, gram = [block[: self.count] for block in self._blocks], self.stored_gram()
+        rows, gram = [block.rows[: self.count] for block in self._blocks], self.stored_gram()
         where = {"order": list(self._order), "rounded": sorted(self._rounded)}
         return settings | where | {"rows": rows, "gram": gram}
 
@@ -413,13 +350,11 @@ class Window:
         """
         mine = window_state.settings(self.length, self.size, self.dtype, self.parts)
         window_state.require_alike(mine, state)
-        kept, order = window_state.places(state["order"], self.size)
-        starts = [start for _, start, _ in self._cuts()]
-        window_state.copy_rows(state["rows"], kept, self._blocks, starts)
+        kept, order = window_order.places(state["order"], self.size)
+        window_blocks.take(state["rows"], kept, self._blocks)
         self._order = order
         self._rounded = {new for new, old in enumerate(kept) if old in state["rounded"]}
-        gram = state["gram"][:, kept][:, :, kept]
-        self._gram[:, : self.count, : self.count] = gram.to(self.device)
+        window_gram.take(self._gram, state["gram"], kept)
         self.version += 1
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -428,13 +363,7 @@ class Window:
         Raises:
             ValueError: If its rows are spread over processes.
         """
-        if self.spread is not None:
-            raise ValueError(
-                "one file holds whole rows, and those of this window are spread over "
-                f"{self.spread.group.size} processes (a sharding that curvlib cannot follow here); "
-                "save each process's state_dict() to a file of its own"
-            )
-        return window_state.write(path, self.state_dict())
+        return window_state.write(path, self.state_dict(), self.spread)
 
     @classmethod
     def load(

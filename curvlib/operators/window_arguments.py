@@ -64,6 +64,16 @@ def require_fused(
     return known
 
 
+def require_one_part(length: int, parts: Sequence[int] | None, spread: Spread | None) -> None:
+    """Refuses parts, and another length, of rows that are spread over processes."""
+    if spread is not None and (parts is not None or length != spread.length):
+        raise ValueError(
+            "a window whose rows are spread over processes has one part, of this process's "
+            f"{spread.length} entries, got length={length}, parts={parts!r} (a sharding that "
+            "curvlib cannot follow)"
+        )
+
+
 def part_lengths(parts: Sequence[int] | None, length: int) -> tuple[int, ...]:
     """Lengths of contiguous parts that make up rows."""
     if parts is None:
@@ -136,20 +146,20 @@ def as_rows(rows: Any, length: int, device: torch.device) -> Tensor:
 
 def finite_rows(
     stored: Tensor, *, skip: bool, source: Tensor, spread: Spread | None = None
-) -> list[int] | None:
-    """Rows that are finite, or ``None`` for all of them."""
+) -> Tensor:
+    """Rows that are finite."""
     quick = torch.isfinite(stored.sum(1))  # the fastest pass; it may overflow in vain
     if spread is not None:  # all ranks decide alike
         quick = spread.sum(1.0 - quick.double()) == 0
     if bool(quick.all()):
-        return None
+        return stored
     finite: list[bool] = torch.isfinite(
         torch.linalg.vector_norm(stored, float("inf"), dim=1)
     ).tolist()
     if spread is not None:
         finite = (spread.sum(torch.tensor([float(not f) for f in finite])) == 0).tolist()
     if all(finite):
-        return None
+        return stored
     if not skip:
         i = finite.index(False)
         bad = int((~torch.isfinite(stored[i])).sum())
@@ -162,7 +172,7 @@ def finite_rows(
             f"{bad} of {stored.shape[1]} entries of {which} are NaN or infinite{why}; nothing was "
             "pushed: look for the cause, or pass skip_non_finite=True to leave such rows out"
         )
-    return [i for i, good in enumerate(finite) if good]
+    return stored[[i for i, good in enumerate(finite) if good]]
 
 
 def _readable(size: int) -> str:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+F64 = torch.float64
+
+
+def empty(parts: int, size: int, device: torch.device) -> Tensor:
+    """Of windows of ``size`` rows, ``[parts, size, size]`` in float64."""
+    return torch.zeros((parts, size, size), dtype=F64, device=device)
+
 
 def write(gram: Tensor, products: Tensor, slots: list[int]) -> None:
     """Writes the rows and columns of some slots, exactly symmetric.
@@ -33,3 +40,9 @@ def move(gram: Tensor, last: int, slot: int) -> None:
     column[:, slot] = column[:, last]
     gram[:, slot, :last] = column[:, :last]
     gram[:, :last, slot] = column[:, :last]
+
+
+def take(gram: Tensor, saved: Tensor, kept: list[int]) -> None:
+    """Takes entries of rows ``kept`` of another window, which become the first ones."""
+    count = len(kept)
+    gram[:, :count, :count] = saved[:, kept][:, :, kept].to(gram.device)

@@ -25,8 +25,8 @@ import torch
 
 from curvlib.core.plan import Phase, Ranks
 from curvlib.core.product_cost import ProductCost
-from curvlib.operators.window import BLOCK_BYTES
 from curvlib.operators.window_arguments import require_dtype, require_size, require_storage
+from curvlib.operators.window_blocks import BLOCK_BYTES
 
 
 def window_phases(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvlib.core.files import read_record, write_record
+from curvlib.core.spread import Spread
 
 
 def settings(length: int, size: int, dtype: torch.dtype, parts: tuple[int, ...]) -> dict[str, Any]:
@@ -38,47 +38,18 @@ def require_alike(mine: dict[str, Any], state: dict[str, Any], more: Sequence[st
             )
 
 
-def places(order: Sequence[int], size: int) -> tuple[list[int], list[int]]:
-    """Which places of a saved window are taken over, and the order of rows in the new places.
+def write(path: str | os.PathLike[str], state: dict[str, Any], spread: Spread | None) -> Path:
+    """Writes a state to one file, which appears whole or not at all.
 
-    Args:
-        order: Places of the saved rows, oldest first; they are 0 ... count - 1.
-        size: How many rows there is room for.
-
-    Returns:
-        The old place of each new one, and the new places, oldest row first. If all rows fit, new
-        places are the old ones.
+    Raises:
+        ValueError: If its rows are spread over processes.
     """
-    if len(order) <= size:
-        return list(range(len(order))), list(order)
-    return list(order[-size:]), list(range(size))
-
-
-def copy_rows(
-    sources: Sequence[Tensor], kept: Sequence[int], targets: Sequence[Tensor], starts: Sequence[int]
-) -> None:
-    """Copies rows ``kept`` of blocks of columns to the first rows of other blocks.
-
-    Args:
-        sources: Blocks ``[*, n]`` that make up the columns.
-        kept: Which rows.
-        targets: Blocks ``[*, n]`` that make up the same columns, however cut.
-        starts: First column of each of them.
-    """
-    first = 0
-    for source in sources:
-        last = first + source.shape[1]
-        for target, start in zip(targets, starts, strict=True):
-            low, high = max(first, start), min(last, start + target.shape[1])
-            if low >= high:
-                continue
-            for new, old in enumerate(kept):
-                target[new, low - start : high - start] = source[old, low - first : high - first]
-        first = last
-
-
-def write(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
-    """Writes a state to one file, which appears whole or not at all."""
+    if spread is not None:
+        raise ValueError(
+            "one file holds whole rows, and those of this window are spread over "
+            f"{spread.group.size} processes (a sharding that curvlib cannot follow here); "
+            "save each process's state_dict() to a file of its own"
+        )
     write_record(path, "Window", state)
     return Path(path)
 

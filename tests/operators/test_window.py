@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.core import memory
 from curvlib.core.files import write_record
-from curvlib.operators import row_products
-from curvlib.operators import window as window_module
+from curvlib.operators import row_products, window_blocks
 from curvlib.operators.window import Window
 from curvlib.operators.window_arguments import require_memory
 
@@ -111,7 +110,7 @@ def test_ten_thousand_pushes_do_not_drift() -> None:
 def test_products_and_combinations(
     dtype: torch.dtype, host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_module, "BLOCK_BYTES", 8 * 1000)
+    monkeypatch.setattr(window_blocks, "BLOCK_BYTES", 8 * 1000)
     monkeypatch.setattr(row_products, "TERMS", 300)
     monkeypatch.setattr(row_products, "CHUNK_BYTES", 8 * 100 * 70)
     parts = (700, 1, 1300)
@@ -220,7 +219,7 @@ def test_errors_say_what_was_expected(name: str) -> None:
 
 
 def test_a_window_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_module, "available_memory", lambda device: 600_000_000)
+    monkeypatch.setattr(window_blocks, "available_memory", lambda device: 600_000_000)
     with pytest.raises(MemoryError) as caught:
         Window(1_000_000, 200)
     text = str(caught.value)

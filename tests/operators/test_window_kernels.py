@@ -126,7 +126,7 @@ def test_windows_are_the_same_with_kernels(dtype: torch.dtype) -> None:
     # several columns, and passes in float64, are torch's
     del launched[:]
     there.solve(x[:, None].expand(-1, 2).contiguous())
-    row_products.inner(fused._blocks[0][:4], x[:2000, None], exact=True, kernels=kernels)
+    row_products.inner(fused._blocks[0].rows[:4], x[:2000, None], exact=True, kernels=kernels)
     assert not launched
 
 
