@@ -165,14 +165,8 @@ class GradientWindow:
         Raises:
             RuntimeError: If the window is empty.
         """
-        for _ in range(2):
-            system = self._systems.current(damping, relative)
-            slot = self.window.slot(-1)
-            found = window_solve.solve_row(self.window, system, slot, ACCURACY)
-            if found is not None:
-                break
-            self.window.polish()
-        assert found is not None
+        asked = damping, relative, 0.0
+        found = window_solve.solve_row(self._systems, asked, -1, ACCURACY)
         return found.to(self.vector_dtype)
 
     def quadratic(self, damping: float, relative: bool | str) -> float:

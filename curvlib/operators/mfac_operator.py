@@ -30,7 +30,7 @@ from torch import Tensor
 
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.space import ParamSpace
-from curvlib.core.structured import finite_number
+from curvlib.core.structured import finite_number, on_columns
 from curvlib.operators import window_elements, window_solve
 from curvlib.operators.window import Window
 from curvlib.operators.window_system import System, eigenvalues
@@ -118,7 +118,6 @@ class MFAC(LinearOperator):
         self.accuracy = checked_positive("accuracy", accuracy)
         self.damping = damping
         self._systems = Systems(window)
-        self._whitened: tuple[int, System, list[Tensor]] | None = None
 
     # ------------------------------------------------------------------ damping
     @property
@@ -157,8 +156,6 @@ class MFAC(LinearOperator):
         return self._system().escalations
 
     def _system(self, more: float = 0.0) -> System:
-        if self._whitened is not None and self._whitened[0] != self.window.version:
-            self._whitened = None
         return self._systems.current(self.damping, self.relative, more)
 
     def _polished(self, more: float = 0.0) -> System:
@@ -186,21 +183,14 @@ class MFAC(LinearOperator):
             RuntimeError: If the window is empty and the damping relative.
             FloatingPointError: If a row is not finite.
         """
-        given: Any = x
-        if isinstance(given, Tensor) and given.ndim == 1:
-            return self.solve(x[:, None], damping)[:, 0]
-        damping = checked_more(damping)
-        return self._multiply(x, lambda columns: self._solve(columns, damping), self.shape)
+        more = checked_more(damping)
+        return on_columns(self, x, lambda columns: self._solve(columns.detach(), more))
 
-    def _solve(self, x: Tensor, damping: float) -> Tensor:
-        x = x.detach()
+    def _solve(self, x: Tensor, more: float) -> Tensor:
         if not self.window.count:
-            return x / (self._empty_damping() + damping)
-        out = window_solve.solve(self.window, self._system(damping), x, self.accuracy)
-        if out is None:
-            out = window_solve.solve(self.window, self._polished(damping), x, self.accuracy)
-            assert out is not None
-        return out
+            return x / (self._empty_damping() + more)
+        asked = self.damping, self.relative, more
+        return window_solve.solve(self._systems, asked, x, self.accuracy)
 
     def solve_row(self, index: int = -1, damping: float = 0.0) -> Tensor:
         r""":math:`F^{-1} g_j = c\, G^\top K^{-1} e_j` for a row of the window, in one pass.
@@ -216,11 +206,9 @@ class MFAC(LinearOperator):
             IndexError: If there is no such row.
             FloatingPointError: If a row is not finite.
         """
-        slot, more = self.window.slot(index), checked_more(damping)
-        out = window_solve.solve_row(self.window, self._system(more), slot, self.accuracy)
-        if out is None:
-            out = window_solve.solve_row(self.window, self._polished(more), slot, self.accuracy)
-            assert out is not None
+        self.window.slot(index)  # also of an empty window, there is no such row
+        asked = self.damping, self.relative, checked_more(damping)
+        out = window_solve.solve_row(self._systems, asked, index, self.accuracy)
         return out.to(self.dtype)
 
     def quadratic_row(self, index: int = -1, damping: float = 0.0) -> float:
@@ -343,9 +331,8 @@ class MFAC(LinearOperator):
             same = (first[:, None] == second).to(self.dtype)
             return same / self._empty_damping()
         system = self._polished()
-        kept = self._whitened
-        whitened = None if kept is None or kept[1] is not system else kept[2]
-        found = window_elements.inverse_submatrix(self.window, system, first, second, whitened)
+        kept = self._systems.whitened(system)
+        found = window_elements.inverse_submatrix(self.window, system, first, second, kept)
         return found.to(self.dtype)
 
     def precompute(self) -> None:
@@ -357,9 +344,9 @@ class MFAC(LinearOperator):
             MemoryError: If there is no room for it.
         """
         system = self._polished()
-        self._whitened = None
+        self._systems.keep_whitened(system, None)
         found = window_elements.whitened(self.window, system, self.dtype, self.accuracy)
-        self._whitened = (self.window.version, system, found)
+        self._systems.keep_whitened(system, found)
 
     # ------------------------------------------------------------------- spectra
     def eigenvalues(self) -> Tensor:

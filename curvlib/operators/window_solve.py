@@ -18,6 +18,7 @@ from torch import Tensor
 
 from curvlib.operators.window_rows import Rows
 from curvlib.operators.window_system import System
+from curvlib.operators.window_systems import Damping, Systems
 
 F64 = torch.float64
 
@@ -30,12 +31,12 @@ def product(window: Rows, system: System, x: Tensor) -> Tensor:
     return _add_scaled(out, x, system.damping.tolist(), window)
 
 
-def solve(window: Rows, system: System, x: Tensor, accuracy: float) -> Tensor | None:
+def solve(systems: Systems, damping: Damping, x: Tensor, accuracy: float) -> Tensor:
     """``F^{-1} x`` for ``[P, K]``, in two passes, or three where ``accuracy`` asks for it.
 
-    Returns:
-        ``[P, K]``, or ``None`` if the Gram matrix must be polished before.
+    Where it asks for more than rounded Gram matrices tell, these are polished first.
     """
+    window, system = systems.window, systems.current(*damping)
     exact = system.extreme or window.dtype == F64
     products = window.inner(x, exact=exact)
     coefficients = system.solve(products)
@@ -44,7 +45,8 @@ def solve(window: Rows, system: System, x: Tensor, accuracy: float) -> Tensor | 
         squares = window.summed(torch.stack(norms).to(F64).square())
         exact = not system.solve_error(squares, products, coefficients) <= accuracy
         if exact and system.rounded:
-            return None
+            window.polish()
+            return solve(systems, damping, x, accuracy)
         if exact:
             coefficients = system.solve(window.inner(x, exact=True))
     out = window.combination(coefficients, exact=exact)
@@ -54,18 +56,16 @@ def solve(window: Rows, system: System, x: Tensor, accuracy: float) -> Tensor | 
     return out.to(x.dtype)
 
 
-def solve_row(window: Rows, system: System, slot: int, accuracy: float) -> Tensor | None:
-    """``F^{-1} g`` for the row in a slot, in one pass.
-
-    Returns:
-        ``[P]``, or ``None`` if the Gram matrix must be polished before.
-    """
-    coefficients = system.coefficients_of_row(slot)
+def solve_row(systems: Systems, damping: Damping, index: int, accuracy: float) -> Tensor:
+    """``F^{-1} g``, ``[P]``, for a row (0 is the oldest, -1 the newest), in one pass."""
+    window, system = systems.window, systems.current(*damping)
+    coefficients = system.coefficients_of_row(window.slot(index))
     exact = system.extreme or window.dtype == F64
     if not exact and math.isfinite(accuracy):
         exact = not system.row_error(coefficients) <= accuracy
         if exact and system.rounded:
-            return None
+            window.polish()
+            return solve_row(systems, damping, index, accuracy)
     return window.combination(coefficients, exact=exact)[:, 0]
 
 

@@ -14,6 +14,9 @@ from curvlib.operators.window_system import System, absolute_damping, attempt, f
 #: Factorizations that are kept: dampings that are tried on the same rows.
 _KEPT = 4
 
+#: Damping, what it is relative to, and what is added to it: see :meth:`Systems.current`.
+Damping = tuple[float, bool | str, float]
+
 
 class Systems:
     """Systems of a window, each made when it is first needed and kept until rows change.
@@ -24,7 +27,8 @@ class Systems:
 
     def __init__(self, window: Rows) -> None:
         self.window = window
-        self._kept: dict[tuple[float, bool | str, float], System] = {}
+        self._kept: dict[Damping, System] = {}
+        self._whitened: tuple[System, list[Tensor]] | None = None
         self._version = -1
 
     def current(self, damping: float, relative: bool | str, more: float = 0.0) -> System:
@@ -44,7 +48,7 @@ class Systems:
         if not window.count:
             raise RuntimeError("the window is empty, so nothing is known of F; push rows first")
         if self._version != window.version:
-            self._kept = {}
+            self._kept, self._whitened = {}, None
         key = (damping, relative, more)
         if key not in self._kept:
             if len(self._kept) >= _KEPT:
@@ -52,6 +56,15 @@ class Systems:
             self._kept[key] = self._factorized(damping, relative, more)
         self._version = window.version
         return self._kept[key]
+
+    def keep_whitened(self, system: System, rows: list[Tensor] | None) -> None:
+        """Keeps ``L^{-1} G`` of a system, instead of what was kept, until rows change."""
+        self._whitened = None if rows is None else (system, rows)
+
+    def whitened(self, system: System) -> list[Tensor] | None:
+        """What was kept of ``L^{-1} G`` for this system."""
+        kept = self._whitened
+        return None if kept is None or kept[0] is not system else kept[1]
 
     def _factorized(self, damping: float, relative: bool | str, more: float) -> System:
         window = self.window

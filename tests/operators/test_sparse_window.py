@@ -104,12 +104,9 @@ def test_chunks_of_gathered_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("relative", ["rows", True, False])
 def test_solves_are_those_of_the_dense_matrices(relative: bool | str) -> None:
     window, rows = filled(9, 4)
-    system = Systems(window).current(0.1, relative)
-    x = gaussian(3, 20, 2)
-    found = window_solve.solve(window, system, x, 1e-5)
-    newest = window_solve.solve_row(window, system, window.slot(-1), 1e-5)
-    assert found is not None
-    assert newest is not None
+    systems, x = Systems(window), gaussian(3, 20, 2)
+    found = window_solve.solve(systems, (0.1, relative, 0.0), x, 1e-5)
+    newest = window_solve.solve_row(systems, (0.1, relative, 0.0), -1, 1e-5)
     start = 0
     for n in PARTS:
         part = slice(start, start + n)
