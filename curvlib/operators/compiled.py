@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, fx
 
 from curvlib.core.batch import Batch
-from curvlib.core.data import tensors
-from curvlib.core.forward import Holder
 from curvlib.core.risk import Risk
-from curvlib.operators.batch_record import RecordedBatch, python_state, rebuilt, structure
+from curvlib.operators.batch_function import Form, batch_function, batch_inputs, batch_terms
+from curvlib.operators.batch_record import python_state, structure
 from curvlib.operators.capture import Capture, captured, recordable, widened
 from curvlib.operators.columns import pieces
 from curvlib.operators.graphs import GraphCache
@@ -53,11 +52,6 @@ class BatchProduct(Protocol):
 
     def add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
         """The sum so far (``None``: nothing yet) with the batch's product times its scale."""
-
-
-#: Given a batch and the leaves that stand for the parameters, returns the product of its summed
-#: loss terms with a vector, both as parts in the parameters' shapes.
-Form = Callable[[Batch, list[Tensor]], Callable[[list[Tensor]], Sequence[Tensor | None]]]
 
 
 @dataclass
@@ -144,7 +138,7 @@ class CompiledProduct:
         return self.risk.accumulate(lambda batch, total: self._add(batch, total, columns), columns)
 
     def _add(self, batch: Batch, total: Tensor | None, columns: Tensor) -> Tensor:
-        count, terms = columns.shape[1], self._terms(batch)
+        count, terms = columns.shape[1], batch_terms(self.risk, batch)
         if terms is not None and (float(terms) == 0.0 or batch.index not in self.counted):
             self.counted.add(batch.index)  # the first pass verifies what the loss averages over
             return self.witness.add(batch, total, columns)
@@ -205,22 +199,23 @@ class CompiledProduct:
         return found
 
     def _captured(self, batch: Batch) -> Captured | None:
-        if torch.is_autocast_enabled(self.risk.device.type):
+        risk = self.risk
+        if torch.is_autocast_enabled(risk.device.type):
             return self._refuse("autocast is on; enter it in forward= instead")
-        vector = probes(self.risk.space, 1)[:, 0]
-        with self.risk.untouched():  # errors that are the model's own come from here
+        vector = probes(risk.space, 1)[:, 0]
+        with risk.untouched():  # errors that are the model's own come from here
             self.witness.add(batch, None, vector[:, None])
-        inputs = self._inputs(batch)
+        inputs = batch_inputs(risk, batch)
         try:
-            with self.risk.untouched(), recordable(self.risk.model):
-                capture = captured(self._recordable(batch), inputs, vector)
+            with risk.untouched(), recordable(risk.model):
+                capture = captured(batch_function(risk, self.form, batch), inputs, vector)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 (any code of the model's may meet fake tensors)
             return self._refuse(f"the product cannot be captured ({_short(error)})")
         owners = [
             (vars(module), name, held)
-            for module in self.risk.model.modules()
+            for module in risk.model.modules()
             for name, held in vars(module).items()
             if isinstance(held, Tensor) and any(held is c for c in capture.held)
         ]
@@ -232,59 +227,13 @@ class CompiledProduct:
             linearize = launched(linearize, inputs)
         return Captured(capture, owners, linearize)
 
-    def _recordable(self, batch: Batch) -> Callable[..., Tensor]:
-        """The product of one batch as a function of all tensors that it depends on."""
-        risk, names = self.risk, self._names()
-        space, terms = risk.space, self._terms(batch)
-
-        def function(*flat: Tensor) -> Tensor:
-            *inputs, vector = flat
-            following = iter(inputs)
-            leaves = [next(following).detach().requires_grad_() for _ in risk.params]
-            others = [next(following) for _ in names[len(leaves) :]]
-            data = rebuilt(batch.data, following)
-            weight = None if terms is None else next(following)
-            recorded = RecordedBatch(risk, batch.index, data, terms=weight)
-
-            def product(_: Any) -> Tensor:
-                push = self.form(recorded, leaves)
-                return space.join_with_graph(push(space.split(vector)))
-
-            values = dict(zip(names, [*leaves, *others], strict=True))
-            out: Tensor = torch.func.functional_call(Holder(risk.model), values, (product,))
-            return out
-
-        return function
-
-    def _names(self) -> list[str]:
-        """Names of the parameters in the space, then of the others, then of buffers."""
-        holder = Holder(self.risk.model)
-        names = {id(p): name for name, p in holder.named_parameters()}
-        chosen = [names.pop(id(p)) for p in self.risk.params.values()]
-        return [*chosen, *names.values(), *(name for name, _ in holder.named_buffers())]
-
-    def _inputs(self, batch: Batch) -> list[Tensor]:
-        params = list(self.risk.params.values())
-        chosen = {id(p) for p in params}
-        others = [p for p in self.risk.model.parameters() if id(p) not in chosen]
-        terms = self._terms(batch)
-        every = [*params, *others, *self.risk.model.buffers(), *tensors(batch.data)]
-        return [t.detach() for t in (every if terms is None else [*every, terms])]
-
-    def _terms(self, batch: Batch) -> Tensor | None:
-        """The batch's weight, where it is part of the function (means of unknown losses)."""
-        loss = self.risk.loss
-        if loss.known or loss.reduction == "sum":
-            return None
-        return torch.as_tensor(batch.weight, dtype=torch.float64, device=self.risk.device)
-
     def _linearized(self, batch: Batch) -> list[Tensor]:
         found = self._found(batch)
         assert found is not None  # it was found before the cache was asked
         return self._run_linearize(batch, found)
 
     def _run_linearize(self, batch: Batch, found: Captured) -> list[Tensor]:
-        inputs = [*self._inputs(batch), *(c.detach() for c in found.capture.held)]
+        inputs = [*batch_inputs(self.risk, batch), *(c.detach() for c in found.capture.held)]
 
         def run() -> list[Tensor]:
             with torch.no_grad():
@@ -324,7 +273,7 @@ class CompiledProduct:
                 parts = [_pushed(push, part, kept).clone() for part in probe.mT.split(width)]
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 (as above)
                 return f"the captured product cannot be run ({_short(error)})"
             product = torch.cat(parts).mT * batch.scale
         wrong = difference(product, exact, probe, tolerance(self.risk))
