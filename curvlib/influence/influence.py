@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,14 +39,13 @@ from curvlib.influence.arguments import (
     require_unit,
 )
 from curvlib.influence.directions import Directions, direction_parts
-from curvlib.influence.kept import kept, top_influence
+from curvlib.influence.kept import top_influence
 from curvlib.influence.parts import Part, own_part, scanned
 from curvlib.influence.preconditioner import preconditioner, required_damping
-from curvlib.influence.queries import fitting_directions, query_risk, risk_on
+from curvlib.influence.queries import Queries, query_risk, risk_on
 from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
 from curvlib.influence.scan import Scan, inverse
 from curvlib.influence.self_scores import self_products
-from curvlib.operators.example_scores import example_scores
 from curvlib.operators.known_examples import known_examples
 
 
@@ -229,38 +228,20 @@ class Influence:
                 data, or examples depend on each other.
             FloatingPointError: If scores are not finite; names the layer.
         """
-        part, queries = self._part(train), query_risk(self.risk, query, measurement)
-        with together(part.group, "the directions of its queries"):
-            directions = fitting_directions(
-                queries, self.risk, self.preconditioner, query_reduction, rank, tolerance
-            )
-        scan = self._scan(part, directions, 1, 0, normalize)
-        width = len(directions) if per_layer else 0
+        part, risk = self._part(train), query_risk(self.risk, query, measurement)
+        queries = Queries(risk, query_reduction, rank, tolerance)
+        scan = self._scan(part, self._directions(part, queries), normalize)
+        width = 1 + len(scan.directions) if per_layer else 1
         like = part.risk.space.empty().cpu()
-
-        def own() -> Tensor:
-            rows = []
-            for found in example_scores(
-                part.risk, directions, norms=scan.by_norm, first=part.first
-            ):
-                each = [scan.values(found).mT[..., None]]
-                if per_layer:
-                    each.append((found.layers * scan.factors(found)[:, None, None]).cpu())
-                rows.append(torch.cat(each, 2))
-            return torch.cat(rows)
-
-        every = part.gathered(own, lambda: like.new_zeros((0, scan.queries, 1 + width)))
-        every = every.transpose(0, 1)
+        every = part.gathered(
+            lambda: scan.every(layers=per_layer),
+            lambda: like.new_zeros((0, scan.queries, width)),
+        ).transpose(0, 1)
         return InfluenceScores(
             scores=every[..., 0].contiguous(),
             per_layer=every[..., 1:].contiguous() if per_layer else None,
-            layers=tuple(directions),
-            settings={
-                "query_reduction": query_reduction,
-                "normalize": normalize,
-                "rank": rank,
-                "tolerance": tolerance,
-            },
+            layers=tuple(scan.directions),
+            settings={**queries.settings, "normalize": normalize},
             **self._provenance(normalize),
         )
 
@@ -322,59 +303,40 @@ class Influence:
                 :meth:`scores`.
             FloatingPointError: As :meth:`scores`.
         """
-        below = opponents(k, bottom)
-        only = numbers(chosen)
-        part, queries = self._part(train), query_risk(self.risk, query, measurement)
+        below, only = opponents(k, bottom), numbers(chosen)
+        part, risk = self._part(train), query_risk(self.risk, query, measurement)
+        queries = Queries(risk, query_reduction, rank, tolerance)
         known = None if part.counts is None else sum(part.counts)
         if part.risk.in_memory is not None and known is None:
             known = known_examples(part.risk)
         require_enough(k, below, known if only is None else len(only))
-        own = self.preconditioner
-        with together(part.group, "the directions of its queries"):
-            directions = fitting_directions(
-                queries, self.risk, own, query_reduction, rank, tolerance
-            )
-        again = rescore and (rank is not None or tolerance is not None)
+        directions = self._directions(part, queries)
+        again = rescore and queries.compressed
         more = 2 if again else 1
-        scan = self._scan(part, directions, more * k, more * below, normalize, only)
-        settings = {
-            "k": k,
-            "bottom": below,
-            "query_reduction": query_reduction,
-            "normalize": normalize,
-            "rank": rank,
-            "tolerance": tolerance,
-            "rescore": again,
-        }
+        scan = self._scan(part, directions, normalize, only, keep=(more * k, more * below))
+        settings = {"k": k, "bottom": below, "normalize": normalize, "rescore": again}
+        settings |= queries.settings
         state = scanned(
             scan,
             part,
             checkpoint=checkpoint,
-            problem=lambda: self._problem(risk_on(self.risk, train), queries, only),
+            problem=lambda: self._problem(risk_on(self.risk, train), queries.risk, only),
             settings=settings | {"unit": self.unit},
             save_every=save_every,
             progress=self.progress,
         )
         require_enough(k, below, state.examples)
-        parts: Iterator[Directions] = iter([directions])
-        if again:
-            parts = direction_parts(queries, own, reduction=query_reduction)
-        sides = kept(
+        exact = direction_parts(queries.risk, self.preconditioner, reduction=query_reduction)
+        return top_influence(
             scan,
             part,
             state,
-            parts,
+            exact if again else iter([directions]),
             (k, below),
             rescored=again,
             layers=per_layer,
             tokens=per_token,
-        )
-        return top_influence(
-            sides,
-            state,
-            layers=tuple(directions),
             settings=settings,
-            rescored=again,
             provenance=self._provenance(normalize),
         )
 
@@ -387,6 +349,10 @@ class Influence:
             self._own = own_part(risk_on(self.risk, None))
         return self._own
 
+    def _directions(self, part: Part, queries: Queries) -> Directions:
+        with together(part.group, "the directions of its queries"):
+            return queries.directions(self.risk, self.preconditioner)
+
     def _self_scores(self, part: Part) -> Tensor:
         found = part.gathered(
             lambda: torch.cat([p.cpu() for p in self_products(part.risk, self.preconditioner)]),
@@ -398,10 +364,10 @@ class Influence:
         self,
         part: Part,
         directions: Directions,
-        k: int,
-        bottom: int,
         normalize: str | None,
         chosen: Tensor | None = None,
+        *,
+        keep: tuple[int, int] = (1, 0),
     ) -> Scan:
         require_normalization(normalize, self.unit)
         scales = None
@@ -410,8 +376,8 @@ class Influence:
         return Scan(
             part.risk,
             directions,
-            k=k,
-            bottom=bottom,
+            k=keep[0],
+            bottom=keep[1],
             factor=self._factor,
             scales=scales,
             by_norm=normalize == "gradient",

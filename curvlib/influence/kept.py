@@ -38,7 +38,7 @@ class Kept:
     counts: Tensor | None
 
 
-def kept(
+def _kept(
     scan: Scan,
     part: Part,
     state: ScanState,
@@ -49,18 +49,7 @@ def kept(
     layers: bool,
     tokens: bool,
 ) -> tuple[Kept, Kept]:
-    """Proponents and opponents.
-
-    Args:
-        scan: The scan.
-        part: The examples of this process.
-        state: The scan's last state, the same in every process.
-        parts: Directions of some queries at a time, all queries together.
-        counts: How many proponents and opponents.
-        rescored: Whether they are ranked by these directions, not by what the scan found.
-        layers: Whether to find the parts of layers.
-        tokens: Whether to find those of tokens.
-    """
+    """Proponents and opponents."""
     found = None
     if rescored or layers or tokens:
         indices = torch.cat([state.top_indices, state.bottom_indices], 1)
@@ -159,25 +148,35 @@ def _reranked(
 
 
 def top_influence(
-    sides: tuple[Kept, Kept],
+    scan: Scan,
+    part: Part,
     state: ScanState,
+    parts: Iterator[Directions],
+    counts: tuple[int, int],
     *,
-    layers: tuple[str, ...],
-    settings: dict[str, Any],
     rescored: bool,
+    layers: bool,
+    tokens: bool,
+    settings: dict[str, Any],
     provenance: dict[str, Any],
 ) -> TopInfluence:
     """The result of a search.
 
     Args:
-        sides: Proponents and opponents.
-        state: The last state of the scan.
-        layers: Names of the blocks.
+        scan: The scan.
+        part: The examples of this process.
+        state: The scan's last state, the same in every process.
+        parts: Directions of some queries at a time, all queries together.
+        counts: How many proponents and opponents.
+        rescored: Whether they are ranked by these directions, not by what the scan found.
+        layers: Whether to find the parts of layers.
+        tokens: Whether to find those of tokens.
         settings: Settings, by name.
-        rescored: Whether scores are those of uncompressed directions.
         provenance: Unit, sign and curvature.
     """
-    high, low = sides
+    high, low = _kept(
+        scan, part, state, parts, counts, rescored=rescored, layers=layers, tokens=tokens
+    )
     mean = state.total / state.examples
     variance = state.squares / state.examples - mean.square()
     return TopInfluence(
@@ -191,7 +190,7 @@ def top_influence(
         bottom_per_layer=low.layers,
         bottom_per_token=low.tokens,
         bottom_token_counts=low.counts,
-        layers=layers,
+        layers=tuple(scan.directions),
         mean=mean,
         std=variance.clamp_(min=0.0).sqrt_(),
         sample=state.sample_scores,

@@ -21,7 +21,7 @@ from curvlib.influence.arguments import numbers
 from curvlib.influence.candidates import Candidates, uniform
 from curvlib.influence.influence import Influence
 from curvlib.influence.parts import whole_part
-from curvlib.influence.queries import fitting_directions, query_risk, risk_on
+from curvlib.influence.queries import Queries, query_risk, risk_on
 from curvlib.influence.recall import Recall, recall
 from curvlib.influence.store import Piece, ScoreMatrix, write_scores
 from curvlib.operators.example_scores import example_scores
@@ -84,24 +84,15 @@ def score_matrix(
         ...     matrix.shape, matrix.complete
         ((3, 2), True)
     """
-    risk, queries = risk_on(influence.risk, train), query_risk(influence.risk, query, measurement)
+    risk = risk_on(influence.risk, train)
+    asked = query_risk(influence.risk, query, measurement)
+    queries, only = Queries(asked, query_reduction, rank, tolerance), numbers(chosen)
     own = influence.preconditioner
-    directions = fitting_directions(queries, influence.risk, own, query_reduction, rank, tolerance)
-    only = numbers(chosen)
-    scan = influence._scan(whole_part(risk), directions, 1, 0, normalize, only)
+    directions = queries.directions(influence.risk, own)
+    scan = influence._scan(whole_part(risk), directions, normalize, only)
 
     def source(place: Mapping[str, Any] | None) -> Iterator[Piece]:
-        at = place or {"batch": 0, "seen": 0, "alone": False}
-        stream = example_scores(
-            risk,
-            directions,
-            norms=scan.by_norm,
-            chosen=only,
-            start=at["batch"],
-            first=at["seen"],
-            alone=at["alone"],
-        )
-        for part in stream:
+        for part in scan.stream(**(place or {})):
             place = {"batch": part.batch + 1, "seen": part.stop, "alone": part.alone}
             yield Piece(scan.values(part).mT, place)
 
@@ -113,14 +104,12 @@ def score_matrix(
         identity={
             "model": digest([*model.parameters(), *model.buffers()]),
             "data": risk.fingerprint(),
-            "queries": queries.fingerprint(),
+            "queries": queries.risk.fingerprint(),
             "curvature": own.fingerprint(),
             "curvature_name": own.name,
             "unit": influence.unit,
-            "query_reduction": query_reduction,
+            **queries.settings,
             "normalize": normalize,
-            "rank": rank,
-            "tolerance": tolerance,
             "chosen": None if only is None else digest([only]),
         },
         examples=known_examples(risk) if only is None else len(only),
@@ -195,12 +184,11 @@ def bounded_scores(
     Raises:
         ValueError: As of :meth:`~curvlib.influence.influence.Influence.scores`.
     """
-    risk, queries = risk_on(influence.risk, train), query_risk(influence.risk, query, measurement)
-    inverse = influence.preconditioner
-    directions = fitting_directions(
-        queries, influence.risk, inverse, query_reduction, rank, tolerance
-    )
-    scan = influence._scan(whole_part(risk), directions, 1, 0, None, numbers(chosen))
+    risk = risk_on(influence.risk, train)
+    asked = query_risk(influence.risk, query, measurement)
+    queries = Queries(asked, query_reduction, rank, tolerance)
+    directions = queries.directions(influence.risk, influence.preconditioner)
+    scan = influence._scan(whole_part(risk), directions, None, numbers(chosen))
     parts = example_scores(risk, directions, norms=True, chosen=scan.chosen)
     scores, bounds, indices = [], [], []
     for part in parts:

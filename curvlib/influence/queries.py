@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -99,32 +100,55 @@ def _shapes(risk: Risk) -> str:
     return ""  # this process has no example
 
 
-def fitting_directions(
-    queries: Risk,
-    train: Risk,
-    preconditioner: Preconditioner,
-    reduction: str | None,
-    rank: int | None,
-    tolerance: float | None,
-) -> Directions:
-    """Directions of queries, compressed or not; factored where they are low-rank exactly.
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What is explained, and how far its directions are compressed.
 
-    Raises:
-        ValueError: If queries cannot go through the model, and differ from the training data.
+    Attributes:
+        risk: Its examples are the queries, the same ones in every process.
+        reduction: ``"sum"`` or ``"mean"`` makes one query of all.
+        rank: Rank of compressed directions.
+        tolerance: Their relative error.
     """
-    require_compression(rank, tolerance)
-    keep: Keep | None = None
-    if rank is not None or tolerance is not None:
-        keep = functools.partial(compressed, rank=rank, tolerance=tolerance)
-    try:
-        if reduction is None and factored_blocks(preconditioner):
-            parts = list(factored_parts(queries, preconditioner, rank=rank, keep=keep))
-            return {name: joined([part[name] for part in parts]) for name in parts[0]}
-        return query_directions(
-            queries, preconditioner, reduction=reduction, keep=keep, join=joined
-        )
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        why = misfit(queries, train)
-        if why is None:
-            raise
-        raise ValueError(f"{why} ({error})") from error
+
+    risk: Risk
+    reduction: str | None = None
+    rank: int | None = None
+    tolerance: float | None = None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether directions are."""
+        return self.rank is not None or self.tolerance is not None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the queries, by the names that callers give it."""
+        return {
+            "query_reduction": self.reduction,
+            "rank": self.rank,
+            "tolerance": self.tolerance,
+        }
+
+    def directions(self, train: Risk, preconditioner: Preconditioner) -> Directions:
+        """Their directions, compressed or not; factored where they are low-rank exactly.
+
+        Raises:
+            ValueError: If queries cannot go through the model, and differ from the training data.
+        """
+        require_compression(self.rank, self.tolerance)
+        keep: Keep | None = None
+        if self.compressed:
+            keep = functools.partial(compressed, rank=self.rank, tolerance=self.tolerance)
+        try:
+            if self.reduction is None and factored_blocks(preconditioner):
+                parts = list(factored_parts(self.risk, preconditioner, rank=self.rank, keep=keep))
+                return {name: joined([part[name] for part in parts]) for name in parts[0]}
+            return query_directions(
+                self.risk, preconditioner, reduction=self.reduction, keep=keep, join=joined
+            )
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            why = misfit(self.risk, train)
+            if why is None:
+                raise
+            raise ValueError(f"{why} ({error})") from error

@@ -115,6 +115,20 @@ class Scan:
         self._stream: Iterator[BatchScores] | None = None
         self._at = -1
 
+    def stream(
+        self, batch: int = 0, seen: int | None = None, *, alone: bool = False
+    ) -> Iterator[BatchScores]:
+        """What examples score, batch by batch, from the first or from where others end."""
+        return example_scores(
+            self.risk,
+            self.directions,
+            norms=self.by_norm,
+            chosen=self.chosen,
+            start=batch,
+            first=self.first if seen is None else seen,
+            alone=alone,
+        )
+
     def init(self) -> ScanState:
         """The state before the first batch."""
         scores = self.risk.space.empty().new_zeros((self.queries, 0))
@@ -139,15 +153,7 @@ class Scan:
     def step(self, state: ScanState) -> ScanState:
         """One batch more (of those with chosen examples), or the end of the data."""
         if self._stream is None or self._at != state.batch:
-            self._stream = example_scores(
-                self.risk,
-                self.directions,
-                norms=self.by_norm,
-                chosen=self.chosen,
-                start=state.batch,
-                first=state.seen,
-                alone=state.alone,
-            )
+            self._stream = self.stream(state.batch, state.seen, alone=state.alone)
         self._at = -1  # a step that fails begins with this batch again
         part = next(self._stream, None)
         if part is None:
@@ -176,6 +182,16 @@ class Scan:
     def values(self, part: BatchScores) -> Tensor:
         """Scores of a batch in the unit that is asked for, ``[Q, n]``, on the CPU."""
         return (part.scores * self.factors(part)[:, None]).mT.cpu()
+
+    def every(self, *, layers: bool) -> Tensor:
+        """All scores ``[N, Q, 1]``; with the parts of layers behind them ``[N, Q, 1 + B]``."""
+        rows = []
+        for part in self.stream():
+            each = [self.values(part).mT[..., None]]
+            if layers:
+                each.append((part.layers * self.factors(part)[:, None, None]).cpu())
+            rows.append(torch.cat(each, 2))
+        return torch.cat(rows)
 
     def merged(self, state: ScanState, part: BatchScores) -> ScanState:
         """The state with a batch's scores added: a pure function."""

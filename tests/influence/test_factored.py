@@ -13,7 +13,7 @@ from curvlib.influence.factored import factored_blocks, factored_parts
 from curvlib.influence.influence import Influence
 from curvlib.influence.low_rank import LowRankDirections
 from curvlib.influence.preconditioner import Preconditioner
-from curvlib.influence.queries import fitting_directions, query_risk
+from curvlib.influence.queries import Queries, query_risk
 from curvlib.operators.example_rows import example_rows
 from curvlib.operators.factored_damping import factored_damping
 
@@ -53,8 +53,8 @@ def factored(case, damping=0.1):
 
 
 def directions(inf, query, rank=None, tolerance=None):
-    own = query_risk(inf.risk, query, None)
-    return fitting_directions(own, inf.risk, inf.preconditioner, None, rank, tolerance)
+    own = Queries(query_risk(inf.risk, query, None), rank=rank, tolerance=tolerance)
+    return own.directions(inf.risk, inf.preconditioner)
 
 
 def test_scores_are_those_of_dense_solves_and_autograd(case):

@@ -12,7 +12,7 @@ from curvlib.core.plan import Plan
 from curvlib.core.result import Result
 from curvlib.influence.influence import Influence
 from curvlib.influence.plan import plan, planned
-from curvlib.influence.queries import fitting_directions, query_risk
+from curvlib.influence.queries import Queries, query_risk
 from curvlib.operators.example_scores import example_scores
 from curvlib.operators.known_examples import known_examples
 from curvlib.operators.layer_shapes import LayerShape, layer_shapes
@@ -112,12 +112,11 @@ def test_work_is_what_pytorch_counts(rank):
     expected = phases(plan(shapes.layers, **common))
     inf = Influence(model, loss, data, cl.kfac(risk, fisher="mc"), progress=False)
     queries = query_risk(inf.risk, data[:1], None)
-    own = (queries, inf.risk, inf.preconditioner, None, None, None)
-    flops, _ = counted(lambda: fitting_directions(*own))
+    own = (inf.risk, inf.preconditioner)
+    flops, _ = counted(lambda: Queries(queries).directions(*own))
     dense = phases(plan(shapes.layers, **(common | {"rank": None})))
     assert 0.8 < flops / dense["queries"][0] < 1.15
-    own = (*own[:4], rank, None)
-    directions = fitting_directions(*own)
+    directions = Queries(queries, rank=rank).directions(*own)
     flops, _ = counted(lambda: list(example_scores(inf.risk, directions)))
     assert 0.8 < flops / expected["scan"][0] < 1.15
 
@@ -155,8 +154,8 @@ def test_bytes_are_those_of_the_tensors(dtype):
     assert found["eigenvalues"][1] == values
     queries = query_risk(inf.risk, data[:1], None)
     for rank in (None, 2, 9):
-        own = (queries, inf.risk, inf.preconditioner, None, rank, None)
-        held = sum(part.bytes for part in fitting_directions(*own).values())
+        directions = Queries(queries, rank=rank).directions(inf.risk, inf.preconditioner)
+        held = sum(part.bytes for part in directions.values())
         found = phases(plan(layers, rank=rank, **common))
         most = sum(found[name][1] for name in ("queries", "compression") if name in found)
         # a shared rank is spent but for what is less than the cost of one more
