@@ -133,6 +133,18 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (6.4, 4.0)) -> Axes
     return new
 
 
+def unframed(ax: Axes, **legend: Any) -> Axes:
+    """The axes without lines above and to the right, and with a small legend.
+
+    Args:
+        ax: The axes.
+        legend: Settings of the legend: where it is.
+    """
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small", **legend)
+    return ax
+
+
 def _saved(cls: type[Result]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if "transient" not in field.metadata)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator, as_operator
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.core.run import Progress, Report, run
 from curvlib.estimators import krylov_state, thick_restart
 from curvlib.estimators.krylov_state import KrylovState, Plan
@@ -90,11 +90,9 @@ class Eigenpairs(Result):
         ax.set_xticks(list(index)[:: max(1, len(values) // 12)])
         ax.set_xlabel("index")
         ax.set_ylabel("eigenvalue")
-        ax.spines[["top", "right"]].set_visible(False)
         low, high = ax.get_ylim()
         ax.set_ylim(low, high + 0.28 * (high - low))  # room for the legend above the stems
-        ax.legend(frameon=False, fontsize="small", loc="upper right")
-        return ax
+        return unframed(ax, loc="upper right")
 
     def _legend(self) -> str:
         ends = {"LA": "largest", "SA": "smallest", "LM": "largest |λ|", "BE": "both ends"}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from curvlib.core.result import unframed
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -43,9 +45,7 @@ def plot_density(result: Density, ax: Axes, scale: str, linear: float | None) ->
     ax.set_ylim(floor, top * (top / floor) ** 0.35)  # room for the legend
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density" if scale == "linear" else "density per decade")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", loc="upper right")
-    return ax
+    return unframed(ax, loc="upper right")
 
 
 def _mark_outliers(values: Tensor, ax: Axes) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.influence.bank import RetrainingBank
 from curvlib.influence.ranks import rank_correlation
 
@@ -67,9 +67,7 @@ class LDS(Result):
             ax.axhline(self.ceiling, color="#D55E00", lw=1.0, ls="--", label="ceiling")
         ax.set_xlabel("query, sorted")
         ax.set_ylabel("linear datamodeling score")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-        return ax
+        return unframed(ax)
 
 
 def linear_datamodeling_score(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.influence.ranks import ranks
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ class MislabelDetection(Result):
         ax.plot([0, 1], [0, 1], color="0.6", lw=1.0, ls="--", label="chance")
         ax.set_xlabel("examples inspected")
         ax.set_ylabel("mislabelled found")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-        return ax
+        return unframed(ax)
 
 
 def mislabel_detection(

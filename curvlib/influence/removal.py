@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvlib.core.operator import digest
 from curvlib.core.random import generator_of
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.core.run import Progress, run
 from curvlib.influence.bank import BankState, Train
 
@@ -68,9 +68,7 @@ class RemovalCurve(Result):
         ax.axhline(0.0, color="0.8", lw=0.8)
         ax.set_xlabel("examples removed")
         ax.set_ylabel("change of the query loss")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-        return ax
+        return unframed(ax)
 
 
 def removal_curve(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.influence.bank import RetrainingBank
 from curvlib.influence.influence import Influence
 from curvlib.influence.lds import linear_datamodeling_score
@@ -72,9 +72,7 @@ class DampingSelection(Result):
             ax.set_xscale("log")
         ax.set_xlabel("damping / mean eigenvalue" if self.relative else "damping")
         ax.set_ylabel("linear datamodeling score")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-        return ax
+        return unframed(ax)
 
 
 def select_damping(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlib.core.minibatch import minibatches, require_batch_size
 from curvlib.core.random import generator_of
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
 from curvlib.estimators import intervals, smoothing
@@ -132,9 +132,7 @@ class BatchSpectrum(Result):
         ax.set_ylim(bottom=floor)
         ax.set_xlabel(f"eigenvalue of the {'GGN' if self.kind == 'ggn' else 'Hessian'}")
         ax.set_ylabel("density")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-        return ax
+        return unframed(ax)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.minibatch import require_batch_size
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.rates.arguments import require_kind, require_risk
@@ -158,9 +158,7 @@ class MaxLearningRate(Result):
         ax.set_xlabel("batch size")
         ax.set_ylabel("largest stable learning rate")
         ax.set_title(self.optimizer, fontsize="medium")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
-        return ax
+        return unframed(ax)
 
 
 def max_learning_rate(

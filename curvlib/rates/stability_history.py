@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlib.core.result import Result, axes_or_new
+from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.rates.stability_table import COLUMNS, StabilityReading
 
 if TYPE_CHECKING:
@@ -76,11 +76,9 @@ class StabilityHistory(Result):
             ax.set_ylim(bottom=0.0)
         ax.set_xlabel("training step")
         ax.set_ylabel("curvature")
-        ax.spines[["top", "right"]].set_visible(False)
-        # Above the axes, where no line can lie under it.
-        ax.legend(
-            frameon=False,
-            fontsize="small",
+        # The legend is above the axes, where no line can lie under it.
+        return unframed(
+            ax,
             loc="lower left",
             bbox_to_anchor=(0.0, 1.0),
             ncols=2,
@@ -88,7 +86,6 @@ class StabilityHistory(Result):
             handlelength=1.6,
             columnspacing=1.0,
         )
-        return ax
 
     def _draw_batches(self, draw: Any) -> None:
         if self.settings["batch_size"] >= self.settings["examples"]:
