@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,22 @@ def style() -> dict[str, Any]:
     return {**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
 
 
+@contextlib.contextmanager
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of a size in inches, to be drawn in the style of all figures.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'curvlib[plot]'") from error
+    with mpl.rc_context(style()):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
 def spectrum_figure(
     eigenpairs: Eigenpairs, density: Density, *, title: str = "", examples: int | None = None
 ) -> Figure:
@@ -56,13 +73,7 @@ def spectrum_figure(
     Raises:
         ImportError: If matplotlib is absent.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'curvlib[plot]'") from error
-    with mpl.rc_context(style()):
-        figure = Figure(figsize=(7.0, 2.9), layout="constrained")
+    with new_figure(7.0, 2.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
         density.plot(left, scale="symlog")
         eigenpairs.plot(right)
@@ -91,17 +102,11 @@ def layers_figure(
     Raises:
         ImportError: If matplotlib is absent.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'curvlib[plot]'") from error
     names = [f"{name}  ({parameters:,})" for name, parameters, _, _ in rows]
     values = [value for _, _, value, _ in rows]
     errors = [stderr if stderr > 0.0 else 0.0 for _, _, _, stderr in rows]
     at = list(range(len(rows)))
-    with mpl.rc_context(style()):
-        figure = Figure(figsize=(7.0, 1.25 + 0.24 * len(rows)), layout="constrained")
+    with new_figure(7.0, 1.25 + 0.24 * len(rows)) as figure:
         ax = figure.subplots()
         ax.barh(at, values, height=0.68, color=COLOURS[0], alpha=0.85, lw=0)
         if any(errors):

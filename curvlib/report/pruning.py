@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from curvlib.core.files import atomic_write
 from curvlib.pruning.compare import Comparison
 from curvlib.pruning.result import PruneResult
-from curvlib.report.figures import save_figure, style
+from curvlib.report.figures import new_figure, save_figure
 from curvlib.report.files import number, write_command, write_numbers
 
 if TYPE_CHECKING:
@@ -119,19 +119,14 @@ def figure(pruning: Pruning) -> Figure:
     Raises:
         ImportError: If matplotlib is absent.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'curvlib[plot]'") from error
     rows = len(pruning.result.layers)
-    height = max(2.9, 1.2 + 0.24 * rows)
-    with mpl.rc_context(style()):
+    size = (7.0, max(2.9, 1.2 + 0.24 * rows))
+    if pruning.comparison is None:
+        size = (4.2, 1.4 + 0.24 * rows)
+    with new_figure(*size) as out:
         if pruning.comparison is None:
-            out = Figure(figsize=(4.2, 1.4 + 0.24 * rows), layout="constrained")
             pruning.result.plot(out.subplots())
         else:
-            out = Figure(figsize=(7.0, height), layout="constrained")
             left, right = out.subplots(1, 2, width_ratios=(1.0, 1.15))
             pruning.result.plot(left)
             pruning.comparison.plot(right)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvlib.rates.learning_rate import MaxLearningRate
 from curvlib.rates.measured_edges import MeasuredEdges
-from curvlib.report.figures import save_figure, style
+from curvlib.report.figures import new_figure, save_figure
 from curvlib.report.files import number, write_command, write_numbers
 
 if TYPE_CHECKING:
@@ -110,14 +110,8 @@ def rates_figure(rates: Rates) -> Figure:
     Raises:
         ImportError: If matplotlib is absent.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'curvlib[plot]'") from error
     found = rates.predicted
-    with mpl.rc_context(style()):
-        out = Figure(figsize=(7.0, 3.4), layout="constrained")
+    with new_figure(7.0, 3.4) as out:
         ax = out.subplots()
         found.plot(ax)
         if rates.measured is not None:
