@@ -21,6 +21,7 @@ from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, run
 from curvlib.estimators import function_state, stopping
+from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import Eigenpairs, deflation_rows, require_symmetric
 from curvlib.estimators.function_state import FunctionState, Plan
 from curvlib.estimators.function_sums import Function, Sums
@@ -250,10 +251,10 @@ def _trace(
     progress: Progress = None,
 ) -> FunctionTrace:
     op = require_symmetric(op)
-    counts = {"steps": steps, "probes": probes, "max_products": max_products, "block": block}
-    for name, count in counts.items():
-        if count is not None or name in ("steps", "probes"):
-            stopping.whole(name, count)  # type: ignore[arg-type]
+    require_counts(steps=(steps, 1), probes=(probes, 1))
+    for name, count in (("max_products", max_products), ("block", block)):
+        if count is not None:
+            stopping.whole(name, count)
     if tolerance is not None and not (tolerance > 0.0 and math.isfinite(tolerance)):
         raise ValueError(f"expected a positive tolerance, got {tolerance}")
     stopping.one_of("law of probes", law, LAWS)
