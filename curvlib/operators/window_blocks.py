@@ -59,7 +59,7 @@ def empty(
     out, start = [], 0
     for part, length in enumerate(parts):
         end, step = start + length, longest if storage == "cpu" else length
-        for first in range(start, end, step):
+        for first in range(start, end, max(1, step)) or [start]:  # a process may have no entry
             stop = min(first + step, end)
             shape = (size, stop - first)
             rows = torch.empty(shape, dtype=dtype, device=home, pin_memory=pinned)

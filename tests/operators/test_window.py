@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.core import memory
 from curvlib.core.files import write_record
+from curvlib.core.group import Group
+from curvlib.core.spread import Slices, Spread
 from curvlib.operators import row_products, window_blocks
 from curvlib.operators.window import Window
 from curvlib.operators.window_arguments import require_memory
@@ -209,6 +211,27 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "the state has length=4, this window has 3",
     ),
 }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("storage", [None, "cpu"])
+def test_a_process_may_hold_no_entry(
+    dtype: torch.dtype, storage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Spread, "sum", lambda self, numbers: numbers + 1.0)  # what others have
+    spread = Spread((Slices((2, 3), 0),), Group(None, 2, 3, torch.device("cpu")))
+    window = Window(0, 2, dtype=dtype, spread=spread, storage=storage)
+    assert window.push(torch.zeros(3, 0), check=False) == 3
+    window.push(torch.zeros(0), check=False)
+    window.polish()
+    assert torch.equal(window.gram(), torch.ones(1, 2, 2, dtype=F64))
+    assert window.rows().shape == (2, 0)
+    assert window.row(0).shape == (0,)
+    assert torch.equal(window.inner(torch.zeros(0, 3)), torch.ones(1, 2, 3, dtype=F64))
+    assert window.combination(torch.ones(1, 2, 3, dtype=F64)).shape == (0, 3)
+    other = Window(0, 1, dtype=dtype, spread=spread)
+    other.load_state_dict(window.state_dict())
+    assert other.count == 1
 
 
 @pytest.mark.parametrize("name", BAD)
