@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,24 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+def curvlinops_operator(p: Problem, kind: str) -> Any:
+    """The Hessian or GGN of curvlinops, which has to be installed."""
+    import curvlinops
+
+    classes = {
+        "hessian": curvlinops.HessianLinearOperator,
+        "ggn": curvlinops.GGNLinearOperator,
+    }
+    return classes[kind](
+        p.model,
+        nn.CrossEntropyLoss(),
+        p.params,
+        [(p.x, p.y)],
+        check_deterministic=False,
+        num_data=p.x.shape[0],
+    )
+
+
 class Streamed:
     """Data that a library cannot know to be in memory: every product computes it anew."""
 
@@ -308,6 +326,22 @@ def machine() -> dict[str, Any]:
                 cpu = line.split(":", 1)[1].strip()
                 break
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def measured(
+    options: Any,
+    kinds: Iterable[str],
+    measure: Callable[[str, str, int, int], list[dict[str, Any]]],
+    columns: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Rows of all problems, kinds and numbers of vectors, with a table of each as it comes."""
+    rows = []
+    for name, kind, count in itertools.product(options.problems, kinds, options.columns):
+        part = measure(name, kind, count, options.rounds)
+        rows += part
+        title = f"{name} ({part[0]['parameters']:,} parameters), {kind}, K = {count}"
+        print(f"\n{title}\n{table(part, columns)}", flush=True)
+    return rows
 
 
 def save(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Path:

@@ -91,18 +91,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="curvlib: scaled_dot_product_attention")
-    rows = []
     shown = {
         "library": "", "ms": ".2f", "ratio": ".2f", "speedup": ".2f", "first": ".1f",
         "error": ".1e", "note": "",
     }  # fmt: skip
-    for name in options.problems:
-        for kind in ("hessian", "ggn"):
-            for count in options.columns:
-                part = measure(name, kind, count, options.rounds)
-                rows += part
-                title = f"{name} ({part[0]['parameters']:,} parameters), {kind}, K = {count}"
-                print(f"\n{title}\n{common.table(part, shown)}", flush=True)
+    rows = common.measured(options, ("hessian", "ggn"), measure, shown)
     if not options.no_save:
         settings = {"rounds": options.rounds, "dtype": "float32", "device": "cpu"}
         print("\nwrote", common.save("compiled", rows, settings).relative_to(common.RESULTS.parent))

@@ -102,20 +102,7 @@ def networks() -> list[Matrix]:
 
 
 def peer(p: common.Problem, kind: str) -> Any:
-    if curvlinops is None:
-        return None
-    classes = {
-        "hessian": curvlinops.HessianLinearOperator,
-        "ggn": curvlinops.GGNLinearOperator,
-    }
-    return classes[kind](
-        p.model,
-        torch.nn.CrossEntropyLoss(),
-        p.params,
-        [(p.x, p.y)],
-        check_deterministic=False,
-        num_data=p.x.shape[0],
-    )
+    return None if curvlinops is None else common.curvlinops_operator(p, kind)
 
 
 def hessian_diagonal(p: common.Problem) -> Tensor:

@@ -39,20 +39,7 @@ def _curvlib(kind: str, *, streamed: bool) -> Callable[[common.Problem], Product
 
 def _curvlinops(kind: str) -> Callable[[common.Problem], Product]:
     def make(p: common.Problem) -> Product:
-        import curvlinops
-
-        classes = {
-            "hessian": curvlinops.HessianLinearOperator,
-            "ggn": curvlinops.GGNLinearOperator,
-        }
-        op = classes[kind](
-            p.model,
-            torch.nn.CrossEntropyLoss(),
-            p.params,
-            [(p.x, p.y)],
-            check_deterministic=False,
-            num_data=p.x.shape[0],
-        )
+        op = common.curvlinops_operator(p, kind)
         return lambda V: op @ V
 
     return make
@@ -261,18 +248,11 @@ def main() -> None:
         name, kind, count, library = options.memory
         _memory_here(name, kind, int(count), library)
         return
-    rows = []
     shown = {
         "library": "", "ms": ".2f", "ratio": ".2f", "work": ".2f", "overhead": ".0%",
         "memory": ".0f", "error": ".1e", "note": "",
     }  # fmt: skip
-    for name in options.problems:
-        for kind in CONTENDERS:
-            for count in options.columns:
-                part = measure(name, kind, count, options.rounds)
-                rows += part
-                title = f"{name} ({part[0]['parameters']:,} parameters), {kind}, K = {count}"
-                print(f"\n{title}\n{common.table(part, shown)}", flush=True)
+    rows = common.measured(options, CONTENDERS, measure, shown)
     if not options.no_save:
         settings = {"rounds": options.rounds, "dtype": "float32", "device": "cpu"}
         print("\nwrote", common.save("products", rows, settings).relative_to(common.RESULTS.parent))

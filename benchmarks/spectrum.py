@@ -67,23 +67,6 @@ def curvlib_density(op: Any, seed: int, *, full: bool | None = None) -> Any:
     )
 
 
-def curvlinops_operator(p: common.Problem, kind: str) -> Any:
-    import curvlinops
-
-    classes = {
-        "hessian": curvlinops.HessianLinearOperator,
-        "ggn": curvlinops.GGNLinearOperator,
-    }
-    return classes[kind](
-        p.model,
-        torch.nn.CrossEntropyLoss(),
-        p.params,
-        [(p.x, p.y)],
-        check_deterministic=False,
-        num_data=p.x.shape[0],
-    )
-
-
 def curvlinops_density(op: Any, boundaries: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
     from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
 
@@ -135,7 +118,7 @@ def errors(p: common.Problem, kind: str, seeds: int) -> dict[str, dict[str, floa
         found["three"].append(wasserstein(grid, three.on(grid, width)[0], exact))
         found["own"].append(wasserstein(result.grid, result.density, exact))
     with contextlib.suppress(ImportError):
-        other = curvlinops_operator(p, kind)
+        other = common.curvlinops_operator(p, kind)
         for seed in range(seeds):
             at, density = common.math_attention(
                 lambda seed=seed: curvlinops_density(other, bounds, seed)
@@ -186,7 +169,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     try:
         calls["curvlinops"] = common.math_attention(
-            lambda: curvlinops_density(curvlinops_operator(p, kind), bounds)
+            lambda: curvlinops_density(common.curvlinops_operator(p, kind), bounds)
         )
         calls["curvlinops"]()
     except ImportError as reason:
@@ -217,7 +200,7 @@ def measure(name: str, kind: str, options: argparse.Namespace) -> list[dict[str,
 
 def default_boundaries(p: common.Problem, kind: str, unit: float, seconds: int) -> dict[str, Any]:
     """curvlinops with its default arguments, once."""
-    op = curvlinops_operator(p, kind)
+    op = common.curvlinops_operator(p, kind)
     counted = Counted(op, "_matmat")
     row: dict[str, Any] = {"library": "curvlinops (default boundaries)"}
     start = time.perf_counter()

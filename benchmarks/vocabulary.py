@@ -82,17 +82,7 @@ def _plain(kind: str) -> Callable[[common.Problem, int], Product]:
 
 def _curvlinops(kind: str) -> Callable[[common.Problem, int], Product]:
     def make(p: common.Problem, _: int) -> Product:
-        import curvlinops
-
-        name = "HessianLinearOperator" if kind == "hessian" else "GGNLinearOperator"
-        op = getattr(curvlinops, name)(
-            p.model,
-            nn.CrossEntropyLoss(),
-            p.params,
-            [(p.x, p.y)],
-            check_deterministic=False,
-            num_data=p.x.shape[0],
-        )
+        op = common.curvlinops_operator(p, kind)
         return lambda V: op @ V
 
     return make
