@@ -10,9 +10,10 @@ the sum        :math:`2 S (R - 1) / R`       the sum itself, :math:`S` bytes, on
 =============  ============================  ==========================================
 
 (for the ring algorithm of an all-reduce). A collective call returns the same bits on every rank, so
-that whatever ranks derive from it they derive alike. A rank that fails says so in its header, and
-all ranks raise; one that has died or hangs ends the others when PyTorch notices: at once where the
-connection closes, else after the group's timeout.
+that whatever ranks derive from it they derive alike. A rank that fails says so in its header (where
+parameters are sharded, at once: :mod:`curvlib.core.watch`), and all ranks raise; one that has died
+or hangs ends the others when PyTorch notices: at once where the connection closes, else after the
+group's timeout.
 """
 
 from __future__ import annotations
@@ -20,20 +21,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from curvlib.core.watch import NoAnswerError, Watch
+
 #: Which processes work together: ``None`` for the default group where one is initialized,
 #: ``True`` for the same, required; ``False`` for this process alone; or a group.
 GroupChoice = Any
-
-
-class NoAnswerError(RuntimeError):
-    """Another rank has ended, hangs, or takes another path."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,14 @@ class Group:
         rank: This process among them.
         size: ``R``, how many there are.
         device: Where small tensors live that are sent: the CPU if the backend takes it.
+        watch: What is known of failures within passes that ranks make in step.
     """
 
     process_group: dist.ProcessGroup
     rank: int
     size: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -71,23 +72,19 @@ class Group:
         axes = sorted(range(tensor.ndim), key=lambda d: (-strides[d], d))
         flat = tensor.permute(axes)
         sent = flat if flat.is_contiguous() else tensor.contiguous()
-        with self._answered("a sum over ranks"):
-            dist.all_reduce(sent, group=self.process_group)
+        self._call("add", sent, "a sum over ranks")
         return tensor if sent is flat else tensor.copy_(sent)
 
     def most(self, values: Sequence[float]) -> list[float]:
         """The largest of each number over ranks."""
         numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self._answered("a comparison of ranks"):
-            dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.process_group)
+        self._call("most", numbers, "a comparison of ranks")
         return [float(v) for v in numbers.tolist()]
 
     def numbers(self, values: Sequence[float]) -> list[list[float]]:
         """As many numbers of each rank, in the order of ranks."""
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
-        every = [torch.empty_like(own) for _ in range(self.size)]
-        with self._answered("an exchange of headers"):
-            dist.all_gather(every, own, group=self.process_group)
+        every = self._call("rows", own, "an exchange of headers")
         rows: list[list[float]] = torch.stack(every).tolist()
         return rows
 
@@ -103,25 +100,56 @@ class Group:
             return [tensor] * self.size
         padded = tensor.new_zeros((most, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
-        every = [torch.empty_like(padded) for _ in counts]
-        with self._answered("a gathering of rows"):
-            dist.all_gather(every, padded, group=self.process_group)
+        every = self._call("rows", padded, "a gathering of rows")
         return [part[:n] for part, n in zip(every, counts, strict=True)]
 
     def joined(self, block: Tensor) -> Tensor:
         """Blocks ``[c, ...]`` of equal shape, one of each rank, as ``[R c, ...]``."""
-        out = block.new_empty((self.size * block.shape[0], *block.shape[1:]))
-        send = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        with self._answered("a gathering of a sharded tensor"):
-            send(out, block.contiguous(), group=self.process_group)
+        out: Tensor = self._call("joined", block.contiguous(), "a gathering of a sharded tensor")
         return out
 
     def own_sum(self, blocks: Tensor) -> Tensor:
         """This rank's block ``[c, ...]`` of the sum over ranks of ``[R c, ...]``."""
-        out = blocks.new_empty((blocks.shape[0] // self.size, *blocks.shape[1:]))
-        send = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        with self._answered("a sum of a sharded tensor"):
-            send(out, blocks.contiguous(), group=self.process_group)
+        what, rows = "a sum of a sharded tensor", len(blocks) // self.size
+        if self.watch.active:  # gloo cannot wait for this call by spans, and sums all in it anyway
+            every: Tensor = self._call("add", blocks.clone().contiguous(), what)
+            return every[self.rank * rows : (self.rank + 1) * rows].clone()
+        out: Tensor = self._call("own_sum", blocks.contiguous(), what)
+        return out
+
+    def begun(self, kind: str, sent: Tensor) -> tuple[Any, Any]:
+        """A collective call that has begun: what it fills, and what to wait for.
+
+        Args:
+            kind: ``"add"``, ``"most"``, ``"rows"``, ``"joined"`` or ``"own_sum"``.
+            sent: What this rank gives, contiguous.
+        """
+        settings: Any = {"group": self.process_group, "async_op": True}
+        size, length = self.size, len(sent) if sent.ndim else 0
+        if kind in ("add", "most"):
+            op = dist.ReduceOp.SUM if kind == "add" else dist.ReduceOp.MAX
+            return sent, dist.all_reduce(sent, op=op, **settings)
+        if kind == "rows":
+            every = [torch.empty_like(sent) for _ in range(size)]
+            return every, dist.all_gather(every, sent, **settings)
+        if kind == "joined":
+            out = sent.new_empty((size * length, *sent.shape[1:]))
+            send = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        else:
+            out = sent.new_empty((length // size, *sent.shape[1:]))
+            send = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return out, send(out, sent, **settings)
+
+    def _call(self, kind: str, sent: Tensor, what: str) -> Any:
+        if self.watch.active and self.watch.told is not None:
+            raise self.watch.told  # this pass has failed
+        with self._answered(what):
+            out, work = self.begun(kind, sent)
+            if self.watch.active:
+                self.watch.calls += 1
+                self.watch.wait(self, work, kind, sent)
+            else:
+                work.wait()
         return out
 
     def texts(self, text: str) -> list[str]:
@@ -203,6 +231,8 @@ class Group:
     def _answered(self, what: str) -> Iterator[None]:
         try:
             yield
+        except NoAnswerError:
+            raise
         except RuntimeError as error:  # torch.distributed.DistError is one, and gloo's are plain
             raise NoAnswerError(
                 f"rank {self.rank} of {self.size} got no answer in {what}: another rank has ended, "

@@ -61,7 +61,20 @@ class InStep:
 
     def _borrow(self, group: Group, batch: Batch | None, lender: int) -> None:
         """Gives a rank without a batch that of the lender, with which all ranks call this."""
-        own = None if batch is None else to_device(batch.data, torch.device("cpu"))
+        own = None
+        with group.together("lending a batch"):
+            if batch is not None and group.rank == lender:
+                own = to_device(batch.data, torch.device("cpu"))
         data = group.lent(own, lender)
         if batch is None:
             self._spare = Batch(self.risk, 0, to_device(data, self.risk.device), lent=True)
+
+
+def require_begun(group: Group, failure: Exception) -> None:
+    """Tells the other ranks, in their first exchange of a pass, that this one has not begun.
+
+    Raises:
+        Exception: The failure.
+    """
+    group.numbers([1.0, 0.0, 0.0])
+    group.raise_failure(failure, "a pass over its data")

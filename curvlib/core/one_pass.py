@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import to_device
+from curvlib.core.in_step import require_begun
 from curvlib.core.joined import Shard, joined
+from curvlib.core.watch import telling, watching
 
 if TYPE_CHECKING:
     from curvlib.core.risk import Risk
@@ -32,8 +35,9 @@ def one_pass(
     """
     if risk.group is None:
         return _own_pass(risk, add, scale)
-    if risk.places:  # what fails on one rank alone is met by the others when it ends
-        return joined(risk.group, risk, _own_pass(risk, add, scale), given, rows=rows)
+    if risk.places:
+        with watching(risk.group, risk.device):
+            return joined(risk.group, risk, _own_pass(risk, add, scale), given, rows=rows)
     try:
         own = _own_pass(risk, add, scale)
     except Exception as failure:  # noqa: BLE001 (told to the other ranks, then raised again)
@@ -46,17 +50,32 @@ def _own_pass(risk: Risk, add: Add, scale: float | None) -> Shard:
     total: Tensor | None = None
     weight: Tensor | float = 0.0
     count, examples = 0, 0
-    with risk.untouched(), risk.held.gathering():
+    with _entered(risk):
         for batch in risk.stream.together(1.0 if scale is None else scale):
-            total = add(batch, total)
-            if batch.lent:
-                continue
-            count, examples = count + 1, examples + batch.examples
-            if scale == 1.0 and risk.loss.reduction != "sum":
-                weight = weight + batch.weight
-            if batch.index > 0 and risk.misread is not None:
-                raise ValueError(risk.misread)
+            with telling(risk.group):
+                total = add(batch, total)
+                if batch.lent:
+                    continue
+                count, examples = count + 1, examples + batch.examples
+                if scale == 1.0 and risk.loss.reduction != "sum":
+                    weight = weight + batch.weight
+                if batch.index > 0 and risk.misread is not None:
+                    raise ValueError(risk.misread)
     return Shard(total, float(weight), count, examples)
+
+
+@contextmanager
+def _entered(risk: Risk) -> Iterator[None]:
+    """The model is left as it was, and sharded parameters are gathered where they are used."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(risk.untouched())
+            stack.enter_context(risk.held.gathering())
+        except Exception as failure:
+            if risk.places and risk.group is not None:
+                require_begun(risk.group, failure)
+            raise
+        yield
 
 
 def known_weight(risk: Risk) -> float | None:

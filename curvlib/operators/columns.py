@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from curvlib.core.group import Group
 from curvlib.core.space import ParamSpace
+from curvlib.core.watch import failed_alike
 
 #: Columns that are done at once at most: more saves no work, and memory stays bounded.
 MAX_COLUMNS = 16
@@ -54,6 +56,7 @@ def derivative(
     cotangents: Sequence[Tensor],
     *,
     retain_graph: bool,
+    group: Group | None = None,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for ``K`` cotangents.
 
@@ -62,6 +65,7 @@ def derivative(
         inputs: What they are differentiated by.
         cotangents: One tensor ``[K, *output.shape]`` for each output.
         retain_graph: Whether the graph is used again afterwards.
+        group: The ranks that derive together, where parameters are sharded.
 
     Returns:
         For each input ``[K, *input.shape]``, or ``None`` where no output depends on it.
@@ -80,8 +84,9 @@ def derivative(
                         is_grads_batched=True,
                     )
                 )
-        except RuntimeError:  # no batching rule (GroupNorm): the columns go one by one
-            pass
+        except RuntimeError as error:  # no batching rule (GroupNorm): columns go one by one
+            if not failed_alike(group, error):
+                raise
     rows: list[Sequence[Tensor | None]] = [
         torch.autograd.grad(
             outputs,

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from curvlib.core.batch import Batch
 from curvlib.core.chunked_logits import Logits
 from curvlib.core.exhausted import is_exhausted
+from curvlib.core.group import Group
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import batched_quietly, derivative, pieces
@@ -205,7 +206,7 @@ class _Product:
                 if tangents is None:  # no forward mode: the graph is built for the other route
                     graph, kept = self.cache.graph(batch)
             if tangents is None:
-                tangents = _reverse_tangents(graph, vectors)
+                tangents = _reverse_tangents(graph, vectors, self.risk.group)
             cotangents = curvature(tangents, wide).to(graph.output.dtype)
             if batch.lent:  # to a rank that has none: it counts elsewhere
                 cotangents = torch.zeros_like(cotangents)
@@ -216,6 +217,7 @@ class _Product:
                     params,
                     [cotangents[narrow]],
                     retain_graph=kept or piece.stop < count,
+                    group=self.risk.group,
                 )
                 space.write(parts, out[:, piece], scale=batch.scale, add=add)
         return out
@@ -338,7 +340,9 @@ def _tangents(batch: Batch, vectors: list[Tensor]) -> Tensor:
         return torch.func.vmap(push, randomness="same")(tangents)
 
 
-def _reverse_tangents(graph: OutputGraph, vectors: list[Tensor]) -> Tensor:
+def _reverse_tangents(
+    graph: OutputGraph, vectors: list[Tensor], group: Group | None = None
+) -> Tensor:
     count = vectors[0].shape[0]
     shape = (count, *graph.output.shape)
     if graph.dummy is None or not graph.pullback:
@@ -348,6 +352,7 @@ def _reverse_tangents(graph: OutputGraph, vectors: list[Tensor]) -> Tensor:
         [graph.dummy],
         [vectors[i].to(g.dtype) for i, g in graph.pullback],
         retain_graph=True,
+        group=group,
     )
     return graph.output.new_zeros(shape) if tangents is None else tangents
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.check import central_difference
 from curvlib.core.exhausted import is_exhausted
-from curvlib.core.group import NoAnswerError
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
+from curvlib.core.watch import NoAnswerError
 from curvlib.operators.columns import derivative, pieces
 from curvlib.operators.compiled import Compile, CompiledProduct
 from curvlib.operators.graphs import GraphCache, once_differentiable
@@ -163,6 +163,7 @@ class _Product:
                         params,
                         [vectors[i].to(g.dtype) for i, g in gradients],
                         retain_graph=kept or piece.stop < columns.shape[1],
+                        group=self.risk.group,
                     )
                 except RuntimeError as error:
                     if is_exhausted(error) or isinstance(error, NoAnswerError):
