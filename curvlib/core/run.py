@@ -88,8 +88,8 @@ def run(
         group: The processes that make the same steps together, all with the same state. The first
             one shows progress, reads and writes; a Ctrl-C on one stops all after the same step.
         spread: How vectors of the state lie over processes, where they are not whole. Each
-            process then saves its own: see :mod:`curvlib.core.spread_files`; an error saves
-            nothing, as it may be that of one process.
+            process then saves its own: see :mod:`curvlib.core.spread_files`. What a step that
+            raises leaves is of use where it has raised on all of them.
 
     Returns:
         The last state.
@@ -122,6 +122,7 @@ def run(
         identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
         with together(group, "opening its checkpoint"):
             saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group), spread)
+        saver.agree()
         state = saver.load(state_type, device, group)
     if state is None:
         state = init()
@@ -132,12 +133,13 @@ def run(
             try:
                 state = step(state)
             except Exception:
-                if saver is not None and spread is None:  # which takes all processes
-                    saver.save(state)
+                if saver is not None:
+                    saver.save(state, together=False)
                 raise
             bar.update(report(state))
             if saver is not None:
                 saver.changed = True
+                saver.steps += 1
                 stopped, due = interrupts.count, saver.due()
                 if group is not None:
                     agreed = group.most([float(stopped), float(due)])
@@ -174,6 +176,7 @@ class _Saver:
         if writes:
             require_writable(path)
             remove_leftovers(path)
+            spread_files.promote(path)
         self.path = path
         self.identity = identity
         self.every = every
@@ -182,6 +185,13 @@ class _Saver:
         self.changed = False
         self._last = time.monotonic()
         self._cost = 0.0
+        self.steps = 0
+        self._tag = ""
+
+    def agree(self) -> None:
+        """Has processes agree on names of files that each may have to write alone."""
+        if self.spread is not None:
+            self._tag = self.spread.group.texts(spread_files.new_tag())[0]
 
     def load(
         self, state_type: type[S], device: torch.device | str, group: Group | None
@@ -244,7 +254,8 @@ class _Saver:
         waited = time.monotonic() - self._last
         return self.every == 0 or waited >= max(self.every, self._cost / SAVE_SHARE)
 
-    def save(self, state: Any) -> None:
+    def save(self, state: Any, *, together: bool = True) -> None:
+        """Saves a state, for which all processes call this, unless not all may come here."""
         if not self.changed or not (self.writes or self.spread is not None):
             return
         start = time.monotonic()
@@ -252,8 +263,10 @@ class _Saver:
             if self.spread is None:
                 content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
                 self._write({"state": content})
-            else:
+            elif together:
                 self._save_spread(state, self.spread)
+            else:
+                self._save_own(state, self.spread)
             self.changed = False
         except OSError as error:
             self._warn(error)
@@ -271,8 +284,15 @@ class _Saver:
         except RuntimeError as error:  # another process could not write
             raise OSError(str(error)) from error
 
-    def _write(self, content: dict[str, Any]) -> None:
-        write_record(self.path, "checkpoint", {"identity": self.identity, **content})
+    def _save_own(self, state: Any, spread: Spread) -> None:
+        small, rows = spread_files.taken_apart(state)
+        tag = f"{self._tag}{self.steps:x}"  # processes at other steps have files of other names
+        layout = spread_files.write_own(self.path, rows, spread, tag)
+        if self.writes:
+            self._write({"state": small, "rows": layout}, spread_files.stopped(self.path))
+
+    def _write(self, content: dict[str, Any], path: Path | None = None) -> None:
+        write_record(path or self.path, "checkpoint", {"identity": self.identity, **content})
 
     def _warn(self, error: Exception) -> None:
         warnings.warn(

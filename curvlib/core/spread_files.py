@@ -7,6 +7,10 @@ cut, so that any number of processes can go on from it, each reading the rows th
 parameter's rows of one file at a time. Files lie in a folder that all processes see. New files have
 new names, and old ones are removed once the checkpoint names the new ones, so that a process that
 is killed at any moment leaves a checkpoint that is whole.
+
+When a step fails, processes cannot agree on anything. Each then writes its rows, and the first one
+a checkpoint of another name, ``path.stopped``, which takes the place of the other once a run finds
+that all of its files are there.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.files import atomic_write
+from curvlib.core.files import atomic_write, read_record
 from curvlib.core.slices import Slices
 from curvlib.core.spread import Spread
 
@@ -40,9 +45,12 @@ def taken_apart(state: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         value = getattr(state, field.name)
         if field.name in getattr(type(state), FIELDS, ()):
             if isinstance(value, dict):  # of rows [K, P] and of numbers [K]
-                found = {k: v for k, v in value.items() if v.ndim == 2}
+                found = {k: v for k, v in value.items() if getattr(v, "ndim", 0) == 2}
                 rows |= {f"{field.name}/{key}": v for key, v in found.items()}
                 value = {k: v for k, v in value.items() if k not in found}
+            elif isinstance(value, tuple):  # of rows alone
+                rows |= {f"{field.name}/{at}": v for at, v in enumerate(value)}
+                value = ()
             elif value is not None:
                 rows[field.name], value = value, None
         small[field.name] = value
@@ -52,9 +60,11 @@ def taken_apart(state: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def put_together(small: dict[str, Any], rows: dict[str, Tensor]) -> dict[str, Any]:
     """The converse of :func:`taken_apart`, as fields."""
     out = dict(small)
-    for name, tensor in rows.items():
-        field, _, key = name.partition("/")
-        if key:
+    for name in sorted(rows, key=lambda name: (len(name), name)):  # blocks 2 and 10 of a tuple
+        (field, _, key), tensor = name.partition("/"), rows[name]
+        if key and isinstance(out[field], tuple):
+            out[field] = (*out[field], tensor)
+        elif key:
             out[field] = {**out[field], key: tensor}
         else:
             out[field] = tensor
@@ -67,16 +77,52 @@ def write_rows(path: Path, rows: dict[str, Tensor], spread: Spread) -> dict[str,
     Raises:
         OSError: If the file cannot be written.
     """
+    with spread.group.together("saving its rows"):
+        tag = new_tag()
+    tag = spread.group.texts(tag)[0]
+    with spread.group.together("saving its rows"):
+        return write_own(path, rows, spread, tag)
+
+
+def new_tag() -> str:
+    """What tells the files of one save from those of others."""
+    return f"{int(time.time() * 1e3):x}"
+
+
+def write_own(path: Path, rows: dict[str, Tensor], spread: Spread, tag: str) -> dict[str, Any]:
+    """The same by a process alone, for a tag that all know.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     from safetensors.torch import save_file
 
-    group = spread.group
-    with group.together("saving its rows"):
-        tag = f"{int(time.time() * 1e3):x}"
-    tag = group.texts(tag)[0]
-    names = [f"{path.name}.{tag}-{rank}of{group.size}" for rank in range(group.size)]
-    with group.together("saving its rows"), atomic_write(path.with_name(names[group.rank])) as file:
+    rank, size = spread.group.rank, spread.group.size
+    names = [f"{path.name}.{tag}-{each}of{size}" for each in range(size)]
+    with atomic_write(path.with_name(names[rank])) as file:
         save_file(_stored(rows), file)
     return {"files": names, "slices": [[list(s.shape), s.dim] for s in spread.slices]}
+
+
+def stopped(path: Path) -> Path:
+    """Where the checkpoint of a run is written that a failure has stopped."""
+    return path.with_name(f"{path.name}.stopped")
+
+
+def promote(path: Path) -> None:
+    """Puts the checkpoint of a failed run in its place if all processes have written their rows."""
+    found = stopped(path)
+    if not found.is_file():
+        return
+    try:
+        files = read_record(found)[1]["rows"]["files"]
+        whole = all(path.with_name(name).is_file() for name in files)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if whole:
+        os.replace(found, path)
+    else:
+        found.unlink()
 
 
 def _stored(rows: dict[str, Tensor]) -> dict[str, Tensor]:
