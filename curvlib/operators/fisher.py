@@ -99,7 +99,6 @@ def fisher(
     elif kind == "type2":
         name, curvature, head = "type-2 Fisher", _type2, expected_chunks
     else:
-        risk.require_whole("the Monte-Carlo Fisher")
         sampled = _MonteCarlo(samples, seed)
         before = sampled.prepare
         name, curvature, head = "Monte-Carlo Fisher", sampled, sampled.chunks

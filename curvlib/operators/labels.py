@@ -78,7 +78,7 @@ def terms_before(risk: Risk) -> int:
     if group is None:
         return 0
     with group.together("counting its loss terms"):
-        own = sum(drawn_terms(risk.loss, batch.target) for batch in risk.batches(shard=True))
+        own = sum(drawn_terms(risk.loss, batch.target) for batch in risk.stream.own(1.0))
     return int(sum(n for (n,) in group.numbers([own])[: group.rank]))
 
 
