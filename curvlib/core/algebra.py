@@ -84,23 +84,66 @@ def product(a: LinearOperator, b: LinearOperator) -> LinearOperator:
 
 
 def submatrix(op: LinearOperator, rows: Index, columns: Index | None) -> LinearOperator:
-    """Some rows and columns of ``A``; the same selection of both where ``columns`` is ``None``."""
+    """Some rows and columns of ``A``; the same selection of both where ``columns`` is ``None``.
+
+    Where vectors of ``A`` are spread over processes, those of the result are whole on each.
+    """
     left = indices(op, rows, 0)
     right = left if columns is None else indices(op, columns, 1)
+    spread = op.spread
 
     def embed(V: Tensor, index: Tensor, length: int) -> Tensor:
+        if spread is not None:
+            here, index = spread.own(index)
+            V = V[here]
         full = V.new_zeros((V.shape[1], length)).T
         return full.index_copy_(0, index, V)
 
+    def taken(out: Tensor, index: Tensor) -> Tensor:
+        if spread is None:
+            return out.index_select(0, index)
+        here, own = spread.own(index)
+        found = out.new_zeros((len(index), out.shape[1]))
+        found[here] = out[own]
+        return spread.sum(found)
+
     return op._like(
-        lambda V: op.matmat(embed(V, right, op.shape[1])).index_select(0, left),
-        rmatmat=lambda V: op.rmatmat(embed(V, left, op.shape[0])).index_select(0, right),
+        lambda V: taken(op.matmat(embed(V, right, op.length)), left),
+        rmatmat=lambda V: taken(op.rmatmat(embed(V, left, op._height)), right),
         shape=(left.numel(), right.numel()),
         symmetric=op.symmetric and columns is None,
         psd=op.psd and columns is None,
         space=None,
         name=f"{_group(op.name)}[{left.numel()} x {right.numel()}]",
         identity=lambda: f"{op.fingerprint()}[{left.tolist()},{right.tolist()}]",
+        spread=None,
+    )
+
+
+def part(op: LinearOperator, names: tuple[str, ...]) -> LinearOperator:
+    """The diagonal block of some parameters, whose vectors lie over processes as those of ``A``."""
+    assert op.space is not None
+    if op.spread is None:
+        where = [torch.arange(s.start, s.stop) for s in map(op.space.slice, names)]
+        return submatrix(op, torch.cat(where), None)
+    space, slices = op.space.restrict(names), [op.space.slice(name) for name in names]
+
+    def product(V: Tensor) -> Tensor:
+        full = V.new_zeros((V.shape[1], op.length)).T
+        pieces = V.split([s.stop - s.start for s in slices])
+        for own, piece in zip(slices, pieces, strict=True):
+            full[own] = piece
+        out = op.matmat(full)
+        return torch.cat([out[own] for own in slices])
+
+    return op._like(
+        product,
+        rmatmat=None if op._transposed_product is None else lambda V: part(op.T, names).matmat(V),
+        shape=(space.total, space.total),
+        space=space,
+        name=f"{_group(op.name)}[{space.total} x {space.total}]",
+        identity=lambda: f"{op.fingerprint()}[{list(names)}]",
+        spread=space.spread,
     )
 
 
@@ -116,7 +159,7 @@ def indices(op: LinearOperator, index: Index, axis: int) -> Tensor:
         names = [n for n in op.space.names if any(fnmatchcase(n, str(g)) for g in globs)]
         if not names:
             raise ValueError(f"no parameter matches {list(globs)}; there are {op.space.names}")
-        parts = [torch.arange(s.start, s.stop) for s in map(op.space.slice, names)]
+        parts = [torch.arange(s.start, s.stop) for s in map(op.space.whole_slice, names)]
         return torch.cat(parts).to(op.device)
     if isinstance(index, slice):
         return torch.arange(length, device=op.device)[index]

@@ -42,7 +42,7 @@ def to_cupy(op: LinearOperator | Tensor) -> Any:
         ValueError: If the operator is not on a CUDA device.
     """
     cupy, sparse = require_cupy(), _sparse()
-    A = as_operator(op)
+    A = as_operator(op, spread=True).whole()
     _require_cuda(A.device)
     dtype = cupy.dtype(str(A.dtype).removeprefix("torch."))
 

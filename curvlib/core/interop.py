@@ -22,7 +22,8 @@ from curvlib.core.operator import LinearOperator, as_operator
 def to_scipy(op: LinearOperator | Tensor) -> ScipyOperator:
     """An operator for SciPy's solvers, which multiplies NumPy arrays.
 
-    Vectors cross to the operator's device and back at each product.
+    Vectors cross to the operator's device and back at each product. Where they are spread over
+    processes, SciPy's are whole on each, and all processes have to make the same calls.
 
     Args:
         op: Operator, or dense tensor.
@@ -37,7 +38,7 @@ def to_scipy(op: LinearOperator | Tensor) -> ScipyOperator:
         >>> float(eigsh(to_scipy(A), k=1, which="LA", return_eigenvectors=False)[0].round(6))
         5.0
     """
-    A = as_operator(op)
+    A = as_operator(op, spread=True).whole()
     dtype = np.dtype(str(A.dtype).removeprefix("torch."))
 
     def product(x: Any, multiply: Any) -> Any:

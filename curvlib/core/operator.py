@@ -287,14 +287,17 @@ class LinearOperator:
                 Products multiply zero-padded vectors: for the block of some parameters,
                 :meth:`blocks` is cheaper.
 
+        Where vectors are spread over processes, those of the result are whole on each.
+
         Raises:
             ValueError: If an index is out of range, or a glob matches nothing.
         """
-        self._require_whole("submatrix")
         return algebra.submatrix(self, rows, columns)
 
     def blocks(self) -> dict[str, LinearOperator]:
         """Diagonal blocks, one for each layer (module that owns parameters), by name.
+
+        Their vectors are spread over processes as those of the operator.
 
         Raises:
             ValueError: If the operator is not indexed by parameters.
@@ -309,14 +312,32 @@ class LinearOperator:
             if self._restrict is not None:
                 out[layer] = self._restrict(names)
             else:
-                where = [torch.arange(s.start, s.stop) for s in map(self.space.slice, names)]
-                out[layer] = self.submatrix(torch.cat(where))
+                out[layer] = algebra.part(self, names)
         return out
 
     # ------------------------------------------------------------- conversions
+    def whole(self) -> LinearOperator:
+        """The operator of whole vectors on each process, where they are spread; else itself.
+
+        All processes have to multiply together, each by the same columns.
+        """
+        spread = self.spread
+        if spread is None:
+            return self
+        return self._like(
+            lambda V: spread.gather(self.matmat(spread.scatter(V))),
+            rmatmat=lambda V: spread.gather(self.rmatmat(spread.scatter(V))),
+            space=None,
+            spread=None,
+        )
+
     def to_dense(self, *, block: int = 64) -> Tensor:
-        """The matrix ``[m, n]``, by products with ``block`` columns of the identity at a time."""
-        self._require_whole("to_dense")
+        """The matrix ``[m, n]``, by products with ``block`` columns of the identity at a time.
+
+        Where vectors are spread over processes, the whole matrix is on each of them.
+        """
+        if self.spread is not None:
+            return self.whole().to_dense(block=block)
         rows, columns = self.shape
         out = torch.empty((columns, rows), dtype=self.dtype, device=self.device).T
         for start in range(0, columns, block):
@@ -375,7 +396,7 @@ class LinearOperator:
             raise ValueError(
                 f"{what} needs whole vectors, and those of {self!r} are spread over "
                 f"{self.spread.group.size} processes (a sharding that curvlib cannot follow here); "
-                "multiply by op @ space.scatter(v), or use a model without fully_shard"
+                "op.whole() is an operator of whole vectors"
             )
 
     def _require_square(self, what: str) -> None:

@@ -142,6 +142,18 @@ class ParamSpace:
         square = torch.linalg.vector_norm(flat).double().square()
         return float(self.spread.sum(square).sqrt())
 
+    def whole_slice(self, name: str) -> slice:
+        """Where the parameter ``name`` lies in a whole vector, also where ranks hold rows of it.
+
+        Raises:
+            ValueError: If there is no parameter of that name.
+        """
+        if self.spread is None or name not in self.names:
+            return self.slice(name)
+        at = self.names.index(name)
+        start = sum(part.size for part in self.spread.slices[:at])
+        return slice(start, start + self.spread.slices[at].size)
+
     def slice(self, name: str) -> slice:
         """Where the parameter ``name`` lies in a flat vector.
 

@@ -152,6 +152,37 @@ class Spread:
             own.append(tensor.reshape(-1, *tail))
         return torch.cat(own)
 
+    def own(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some entries of a whole vector are here, and which rows they are.
+
+        Args:
+            index: Places in the whole vector, ``[k]``, in any order.
+
+        Returns:
+            Places in ``index``, and this rank's rows of those, ``[j]`` each.
+
+        Example:
+            >>> second = Group(None, 1, 2, torch.device("cpu"))
+            >>> spread = Spread((Slices((3, 2), 0), Slices((3,), 0)), second)
+            >>> [found.tolist() for found in spread.own(torch.tensor([8, 0, 5]))]
+            [[0, 2], [2, 1]]
+        """
+        table, start, before = [], 0, 0
+        for part, shape in zip(self.slices, self.shapes(), strict=True):
+            first, last = part.bounds(self.group.rank, self.group.size)
+            inner = math.prod(part.shape[part.dim + 1 :])
+            table.append([start, part.shape[part.dim], inner, first, last, before])
+            start, before = start + part.size, before + math.prod(shape)
+        numbers = torch.tensor(table, device=index.device)
+        which = torch.searchsorted(numbers[:, 0].contiguous(), index.contiguous(), right=True) - 1
+        start_, length, inner_, first_, last_, before_ = numbers[which].unbind(1)
+        offset = index - start_
+        at = offset // inner_ % length  # along the axis that is cut
+        row = offset // (inner_ * length) * (last_ - first_) + at - first_
+        row = before_ + row * inner_ + offset % inner_
+        here = ((at >= first_) & (at < last_)).nonzero()[:, 0]
+        return here, row[here]
+
     # --------------------------------------------------------------- random rows
     def fill(self, rows: Tensor, draw: Callable[[Tensor], object]) -> None:
         """Fills this rank's rows of one vector from a stream of random numbers.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator, Matmat, digest
+from curvlib.core.spread import Spread
 
 
 class Diagonal(LinearOperator):
@@ -21,6 +22,8 @@ class Diagonal(LinearOperator):
     Args:
         values: The diagonal, ``[P]``, finite.
         name: What it is, for legends and reports.
+        spread: Which of its entries are here, where vectors are spread over processes
+            (``risk.space.spread``): ``values`` are then this process's.
 
     Raises:
         TypeError: If ``values`` is no float32 or float64 tensor.
@@ -32,17 +35,22 @@ class Diagonal(LinearOperator):
         ([1.0, 0.25], [1.0, 2.0])
     """
 
-    def __init__(self, values: Tensor, *, name: str = "diagonal") -> None:
-        values = _finite_tensor("values", values, 1)
+    def __init__(
+        self, values: Tensor, *, name: str = "diagonal", spread: Spread | None = None
+    ) -> None:
+        values = _finite_tensor("values", values, 1, spread)
+        n = values.numel() if spread is None else spread.size
         super().__init__(
             lambda V: values[:, None] * V,
-            (values.numel(), values.numel()),
+            (n, n),
             dtype=values.dtype,
             device=values.device,
             symmetric=True,
-            psd=bool((values >= 0).all()),
+            psd=not _count(values < 0, spread),
             name=name,
-            identity=lambda: digest([values]),
+            identity=lambda: self.digest([values]),
+            group=None if spread is None else spread.group,
+            spread=spread,
         )
         self.values = values
 
@@ -53,7 +61,7 @@ class Diagonal(LinearOperator):
     def shift(self, value: float) -> Diagonal:
         """``D + value * I``, again diagonal."""
         name = super().shift(value).name
-        return Diagonal(self.values + float(value), name=name)
+        return Diagonal(self.values + float(value), name=name, spread=self.spread)
 
     def solve(self, x: Tensor, damping: float = 0.0) -> Tensor:
         r""":math:`(D + \text{damping}\, I)^{-1} x` for ``x`` of shape ``[P]`` or ``[P, K]``.
@@ -62,7 +70,7 @@ class Diagonal(LinearOperator):
             RuntimeError: If an entry of the damped diagonal is zero.
         """
         shifted = self.values + _damping(damping)
-        _require_regular(self, shifted, damping)
+        _require_regular(self, shifted, damping, self.spread)
         return on_columns(self, x, lambda V: V / shifted[:, None])
 
     def power(self, p: float) -> Diagonal:
@@ -71,18 +79,18 @@ class Diagonal(LinearOperator):
         Raises:
             RuntimeError: If a power of an entry is not real, or not finite.
         """
-        _require_power(self, self.values, p)
-        return Diagonal(self.values**p, name=f"({self.name})^{p:g}")
+        _require_power(self, self.values, p, self.spread)
+        return Diagonal(self.values**p, name=f"({self.name})^{p:g}", spread=self.spread)
 
     def inverse(self, damping: float = 0.0) -> Diagonal:
         r""":math:`(D + \text{damping}\, I)^{-1}`, again diagonal."""
         shifted = self.values + _damping(damping)
-        _require_regular(self, shifted, damping)
-        return Diagonal(1.0 / shifted, name=f"({self.name})^-1")
+        _require_regular(self, shifted, damping, self.spread)
+        return Diagonal(1.0 / shifted, name=f"({self.name})^-1", spread=self.spread)
 
     def trace(self) -> float:
         """The sum of the diagonal."""
-        return float(self.values.sum(dtype=torch.float64))
+        return float(_summed(self.values.sum(dtype=torch.float64), self.spread))
 
     def logdet(self, damping: float = 0.0) -> float:
         r""":math:`\log \det (D + \text{damping}\, I)`.
@@ -91,8 +99,8 @@ class Diagonal(LinearOperator):
             RuntimeError: If an entry of the damped diagonal is not positive.
         """
         shifted = self.values.double() + _damping(damping)
-        _require_positive(self, shifted, damping)
-        return float(shifted.log().sum())
+        _require_positive(self, shifted, damping, self.spread)
+        return float(_summed(shifted.log().sum(), self.spread))
 
 
 class LowRankPlusShift(LinearOperator):
@@ -106,6 +114,8 @@ class LowRankPlusShift(LinearOperator):
         values: :math:`v`, ``[k]``.
         shift: :math:`s`; the attribute is ``offset``.
         name: What it is, for legends and reports.
+        spread: Which rows of :math:`U` are here, where vectors are spread over processes
+            (``risk.space.spread``): ``vectors`` are then this process's rows.
 
     Attributes:
         vectors: :math:`U`, ``[P, k]``.
@@ -126,35 +136,57 @@ class LowRankPlusShift(LinearOperator):
     """
 
     def __init__(
-        self, vectors: Tensor, values: Tensor, shift: float = 0.0, *, name: str = "low rank"
+        self,
+        vectors: Tensor,
+        values: Tensor,
+        shift: float = 0.0,
+        *,
+        name: str = "low rank",
+        spread: Spread | None = None,
     ) -> None:
         values = _finite_tensor("values", values, 1)
         offset = finite_number("shift", shift)
-        self._build(vectors, values.detach().cpu().double() + offset, offset, name, check=True)
+        eigenvalues = values.detach().cpu().double() + offset
+        self._build(vectors, eigenvalues, offset, name, spread, check=True)
 
     @classmethod
     def from_eigenvalues(
-        cls, vectors: Tensor, eigenvalues: Tensor, offset: float = 0.0, *, name: str = "low rank"
+        cls,
+        vectors: Tensor,
+        eigenvalues: Tensor,
+        offset: float = 0.0,
+        *,
+        name: str = "low rank",
+        spread: Spread | None = None,
     ) -> LowRankPlusShift:
         """The same, from the eigenvalues ``v + s`` themselves: nothing cancels for small ones."""
         eigenvalues = _finite_tensor("eigenvalues", eigenvalues, 1)
         out = cls.__new__(cls)
         number = finite_number("offset", offset)
-        out._build(vectors, eigenvalues.detach().cpu().double(), number, name, check=True)
+        own = eigenvalues.detach().cpu().double()
+        out._build(vectors, own, number, name, spread, check=True)
         return out
 
     def _build(
-        self, vectors: Tensor, eigenvalues: Tensor, offset: float, name: str, *, check: bool
+        self,
+        vectors: Tensor,
+        eigenvalues: Tensor,
+        offset: float,
+        name: str,
+        spread: Spread | None,
+        *,
+        check: bool,
     ) -> None:
-        vectors = _finite_tensor("vectors", vectors, 2)
+        vectors = _finite_tensor("vectors", vectors, 2, spread)
         n, k = vectors.shape
+        n = n if spread is None else spread.size
         if k > n or eigenvalues.shape != (k,):
             raise ValueError(
                 f"expected vectors [P, k] with k <= P and k values, got {[n, k]} and "
                 f"{list(eigenvalues.shape)}"
             )
         if check and k:
-            gram = (vectors.mT @ vectors).double().cpu()
+            gram = _summed((vectors.mT @ vectors).double().cpu(), spread)
             error = float((gram - torch.eye(k, dtype=torch.float64)).abs().max())
             if not error <= 10 * math.sqrt(torch.finfo(vectors.dtype).eps):
                 raise ValueError(
@@ -172,7 +204,9 @@ class LowRankPlusShift(LinearOperator):
             symmetric=True,
             psd=bool((every >= 0).all()),
             name=name,
-            identity=lambda: f"{digest([vectors, eigenvalues])}{offset!r}",
+            identity=lambda: f"{self.digest([vectors])}{digest([eigenvalues])}{offset!r}",
+            group=None if spread is None else spread.group,
+            spread=spread,
         )
         self.vectors = vectors
         self.eigenvalues = eigenvalues
@@ -186,19 +220,21 @@ class LowRankPlusShift(LinearOperator):
     def _apply(self, V: Tensor, eigenvalues: Tensor, offset: float) -> Tensor:
         """``U diag(eigenvalues) U.T V + offset (I - U U.T) V``, without cancellation."""
         U = self.vectors
-        coefficients = U.mT @ V
+        coefficients = _summed(U.mT @ V, self.spread)
         inside = eigenvalues[:, None].to(V) * coefficients
-        if offset == 0.0 or U.shape[1] == U.shape[0]:
+        if offset == 0.0 or U.shape[1] == self.shape[0]:
             return U @ inside
         if bool((eigenvalues.abs() >= abs(offset)).all()):
             return torch.addmm(offset * V, U, inside - offset * coefficients)
         rest = V - U @ coefficients
-        rest = rest - U @ (U.mT @ rest)  # what rounding left in the span would be magnified
+        rest = rest - U @ _summed(
+            U.mT @ rest, self.spread
+        )  # what rounding left in the span would be magnified
         return torch.addmm(offset * rest, U, inside)
 
     def _same(self, eigenvalues: Tensor, offset: float, name: str) -> LowRankPlusShift:
         out = LowRankPlusShift.__new__(LowRankPlusShift)
-        out._build(self.vectors, eigenvalues, offset, name, check=False)
+        out._build(self.vectors, eigenvalues, offset, name, self.spread, check=False)
         return out
 
     def _distinct(self, damping: float) -> Tensor:
@@ -279,16 +315,37 @@ def damped_solve(op: Any, columns: Tensor, damping: float) -> Tensor:
     return out
 
 
-def _finite_tensor(name: str, values: Any, ndim: int) -> Tensor:
+def _summed(numbers: Tensor, spread: Spread | None) -> Tensor:
+    return numbers if spread is None else spread.sum(numbers)
+
+
+def _count(marked: Tensor, spread: Spread | None) -> int:
+    """How many entries of a mask are true, here and on the other ranks."""
+    return int(_summed(marked.sum(), spread))
+
+
+def _least(values: Tensor, spread: Spread | None) -> float:
+    own = float(values.min()) if values.numel() else math.inf
+    return own if spread is None else -spread.most(-own)
+
+
+def _finite_tensor(name: str, values: Any, ndim: int, spread: Spread | None = None) -> Tensor:
     if not isinstance(values, Tensor):
         raise TypeError(f"expected a torch.Tensor for {name}, got {type(values).__name__}")
     if values.ndim != ndim:
         raise ValueError(f"expected {name} with {ndim} dimension(s), got {list(values.shape)}")
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"expected {name} in float32 or float64, got {values.dtype}")
-    bad = int((~torch.isfinite(values)).sum())
+    count = values.numel()
+    if spread is not None:
+        if len(values) != spread.length:
+            raise ValueError(
+                f"expected this process's {spread.length} rows of {name}, got {list(values.shape)}"
+            )
+        count = spread.size * (count // max(spread.length, 1))
+    bad = _count(~torch.isfinite(values), spread)
     if bad:
-        raise ValueError(f"{bad} of {values.numel()} entries of {name} are NaN or infinite")
+        raise ValueError(f"{bad} of {count} entries of {name} are NaN or infinite")
     return values
 
 
@@ -310,8 +367,10 @@ def _damping(value: Any) -> float:
     return finite_number("damping", value)
 
 
-def _require_regular(op: LinearOperator, values: Tensor, damping: float) -> None:
-    zero = int((values == 0).sum())
+def _require_regular(
+    op: LinearOperator, values: Tensor, damping: float, spread: Spread | None = None
+) -> None:
+    zero = _count(values == 0, spread)
     if zero:
         raise RuntimeError(
             f"{op!r} with damping={damping:g} is singular: {zero} of its {values.numel()} distinct "
@@ -319,27 +378,31 @@ def _require_regular(op: LinearOperator, values: Tensor, damping: float) -> None
         )
 
 
-def _require_positive(op: LinearOperator, values: Tensor, damping: float) -> None:
-    bad = values[values <= 0]
-    if bad.numel():
+def _require_positive(
+    op: LinearOperator, values: Tensor, damping: float, spread: Spread | None = None
+) -> None:
+    bad = _count(values <= 0, spread)
+    if bad:
+        least = _least(values, spread)
         raise RuntimeError(
             f"log det of {op!r} with damping={damping:g} needs positive eigenvalues, but "
-            f"{bad.numel()} are not, the least is {float(bad.min()):.3g}; "
-            f"pass damping > {damping - float(bad.min()):.3g}"
+            f"{bad} are not, the least is {least:.3g}; pass damping > {damping - least:.3g}"
         )
 
 
-def _require_power(op: LinearOperator, values: Tensor, power: Any) -> None:
+def _require_power(
+    op: LinearOperator, values: Tensor, power: Any, spread: Spread | None = None
+) -> None:
     p = finite_number("p", power)
-    negative = values[values < 0]
-    if negative.numel() > 0 and not p.is_integer():
+    negative = 0 if p.is_integer() else _count(values < 0, spread)
+    if negative:
+        least = _least(values, spread)
         raise RuntimeError(
-            f"power {p:g} of {op!r} is not real: {negative.numel()} eigenvalues are negative, the "
-            f"least is {float(negative.min()):.3g}; use op.shift({-float(negative.min()):.3g}) or "
-            "an integer power"
+            f"power {p:g} of {op!r} is not real: {negative} eigenvalues are negative, the "
+            f"least is {least:.3g}; use op.shift({-least:.3g}) or an integer power"
         )
     if p < 0:
-        zero = int((values == 0).sum())
+        zero = _count(values == 0, spread)
         if zero:
             raise RuntimeError(
                 f"power {p:g} of {op!r} is infinite: {zero} of its distinct eigenvalues are zero; "
