@@ -47,6 +47,11 @@ class Ranks:
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"ranks= is a number of at least 1, got {self.count!r}")
 
+    @property
+    def holders(self) -> int:
+        """Over how many ranks vectors are divided."""
+        return self.count if self.sharded else 1
+
     def all_reduce(self, size: float) -> float:
         """Bytes that a rank sends to sum ``size`` bytes over the ranks."""
         return 2.0 * self.gather(size)

@@ -15,13 +15,13 @@ fixed-precision low-rank matrix approximation*, SIAM J. Matrix Anal. Appl. 39 (2
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.estimators import sketch
-from curvlib.estimators.probes import fill_probes
 from curvlib.estimators.rows import Blocks, dots, extend, inner, subtract
 
 
@@ -73,6 +73,8 @@ class GrowthState:
         products: Columns multiplied.
     """
 
+    SPREAD: ClassVar = ("controls", "answers", "basis", "images", "rising")
+
     controls: Blocks
     answers: Blocks
     basis: Blocks
@@ -102,7 +104,7 @@ def first_state(growth: Growth, random: torch.Generator) -> GrowthState:
         answers=(),
         basis=(),
         images=(),
-        rising=torch.empty((0, op.shape[0]), dtype=op.dtype, device=op.device),
+        rising=torch.empty((0, op.length), dtype=op.dtype, device=op.device),
         passes=0,
         core=torch.zeros((0, 0), dtype=torch.float64),
         error=torch.inf,
@@ -138,11 +140,11 @@ def next_state(growth: Growth, state: GrowthState) -> GrowthState:
     rising, random = state.rising, state.random
     if not len(rising):
         rows, random = _draw(growth.op, random, _room(growth, state), "gaussian")
-        rising = extend(state.basis, rows)[0]
+        rising = extend(state.basis, rows, spread=growth.op.spread)[0]
     found = sketch.finite_product(growth.op, rising, state.products)
     state = replace(state, random=random, products=state.products + len(found))
     if state.passes < growth.power:
-        again = extend(state.basis, found)[0]
+        again = extend(state.basis, found, spread=growth.op.spread)[0]
         return replace(state, rising=again, passes=state.passes + 1)
     state = _joined(growth, replace(state, rising=rising[:0], passes=0), rising, found)
     if state.error > growth.tolerance and _room(growth, state) > 0:
@@ -180,8 +182,7 @@ def _room(growth: Growth, state: GrowthState) -> int:
 def _draw(op: LinearOperator, random: Tensor, size: int, law: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device=op.device)
     generator.set_state(random)
-    rows = torch.empty((size, op.shape[0]), dtype=op.dtype, device=op.device)
-    fill_probes(rows, law, generator)
+    rows = sketch.probe_rows(op, size, law, generator)
     return rows, generator.get_state()
 
 
@@ -191,7 +192,7 @@ def _joined(growth: Growth, state: GrowthState, rising: Tensor, found: Tensor) -
     basis, images = (*state.basis, rising), (*state.images, found)
     core = torch.zeros((old + len(rising),) * 2, dtype=torch.float64)
     core[:old, :old] = state.core
-    core[:, old:] = inner(basis, (found,))
+    core[:, old:] = inner(basis, (found,), spread=growth.op.spread)
     core[old:, :old] = core[:old, old:].mT
     state = replace(state, basis=basis, images=images, core=core)
     return replace(state, error=_control_error(growth, state))
@@ -205,12 +206,12 @@ def _control_error(growth: Growth, state: GrowthState) -> float:
         values = torch.where(values > floor, 1.0 / values, 0.0)
     else:
         rows = state.basis
-    rest = whole = 0.0
+    rest, whole, spread = 0.0, 0.0, growth.op.spread
     for control, answer in zip(state.controls, state.answers, strict=True):
-        coefficients = (V * values) @ (V.mT @ inner(rows, (control,)))
+        coefficients = (V * values) @ (V.mT @ inner(rows, (control,), spread=spread))
         left = subtract(answer, rows, coefficients, torch.empty_like(answer))
-        rest += float(dots(left, left).sum())
-        whole += float(dots(answer, answer).sum())
+        rest += float(dots(left, left, spread).sum())
+        whole += float(dots(answer, answer, spread).sum())
     return (rest / whole) ** 0.5 if whole else 0.0
 
 
@@ -218,9 +219,9 @@ def _finished(growth: Growth, state: GrowthState) -> GrowthState:
     """The approximation from all vectors and their products."""
     basis, images = torch.cat(state.basis), torch.cat(state.images)
     if growth.method == "nystrom":
-        vectors, values = sketch.nystrom(basis, images, growth.op.name)
+        vectors, values = sketch.nystrom(growth.op, basis, images)
     else:
-        vectors, values = sketch.rayleigh_ritz(basis, images)
+        vectors, values = sketch.rayleigh_ritz(basis, images, growth.op.spread)
     return replace(
         state,
         controls=(),

@@ -81,11 +81,6 @@ def read_preconditioner(op: LinearOperator, preconditioner: Any) -> tuple[int, A
     if preconditioner is None:
         return 0, None
     n = op.shape[0]
-    if op.spread is not None and getattr(preconditioner, "spread", None) != op.spread:
-        raise ValueError(
-            f"a preconditioner of {op!r} has to have its rows on the same processes (a sharding "
-            f"that curvlib cannot follow here), got {preconditioner!r}; leave preconditioner= out"
-        )
     if isinstance(preconditioner, int) and not isinstance(preconditioner, bool):
         if not 1 <= preconditioner <= n:
             raise ValueError(
@@ -97,6 +92,12 @@ def read_preconditioner(op: LinearOperator, preconditioner: Any) -> tuple[int, A
             "preconditioner= takes an operator with solve(columns, damping=...), such as those of "
             "curvlib.core.structured, or an int (the rank of a Nyström preconditioner), got "
             f"{type(preconditioner).__name__}"
+        )
+    if getattr(preconditioner, "spread", None) != op.spread:
+        raise ValueError(
+            f"a preconditioner of {op!r} has to have its vectors on the same processes, got "
+            f"{preconditioner!r}; pass an int (the rank of a Nyström preconditioner), or one that "
+            "is made with spread=op.spread from this process's rows"
         )
     shape = getattr(preconditioner, "shape", op.shape)
     if tuple(shape) != op.shape:

@@ -19,7 +19,8 @@ from curvlib.core.algebra import Index, indices
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.space import ParamSpace
-from curvlib.estimators.cells import Cells, Piece, cell_shape, pieces
+from curvlib.core.spread import Spread
+from curvlib.estimators.cells import Cells, Piece, cell_shape, pieces, whole_cells
 from curvlib.estimators.intervals import t_quantiles
 
 #: What a parameter space is divided into.
@@ -33,17 +34,19 @@ class Blocks:
     Attributes:
         space: The parameters, for layers, channels and kernels; ``None`` for none of these.
         chosen: Sorted indices of the caller's own blocks, by name.
+        spread: Which entries are here, where vectors are spread over processes: sums are over all.
     """
 
     space: ParamSpace | None
     chosen: dict[str, Tensor]
+    spread: Spread | None = None
 
     @property
     def groups(self) -> dict[str, dict[str, int]]:
         """For each kind of blocks, how many there are of each name, in the order of the sums."""
         out: dict[str, dict[str, int]] = {}
         if self.space is not None:
-            shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
+            shapes = dict(zip(self.space.names, self._whole_shapes, strict=True))
             out["layers"] = dict.fromkeys(self.space.layers(), 1)
             out["channels"] = {n: s[0] if s else 1 for n, s in shapes.items()}
             out["kernels"] = {n: s[0] * s[1] for n, s in shapes.items() if len(s) > 2}
@@ -65,7 +68,10 @@ class Blocks:
 
     def pieces(self, n: int, width: int = 2**19) -> list[Piece]:
         """Pieces of at most ``width`` entries that cover ``[n]``: see :mod:`.cells`."""
-        return pieces(self.shapes, list(self.chosen.values()), n, width)
+        chosen = list(self.chosen.values())
+        if self.spread is not None:
+            chosen = [self.spread.own(index)[1] for index in chosen]
+        return pieces(self.shapes, chosen, n, width)
 
     def cells(self, rows: int, device: torch.device) -> Cells:
         """Sums of no entries yet, for ``rows`` vectors."""
@@ -73,17 +79,27 @@ class Blocks:
 
     @property
     def shapes(self) -> Sequence[Sequence[int]] | None:
-        """Shapes of the parameters."""
+        """Shapes of the parameters, or of what is here of them."""
         return None if self.space is None else self.space.shapes
+
+    @property
+    def _whole_shapes(self) -> Sequence[Sequence[int]]:
+        assert self.space is not None
+        if self.spread is None:
+            return self.space.shapes
+        return [part.shape for part in self.spread.slices]
 
     def of_cells(self, cells: Cells) -> Tensor:
         """Sums over every block from those over cells, ``[rows, count]``."""
+        sums, chosen = cells.sums, cells.chosen
+        if self.spread is not None:
+            sums, chosen = whole_cells(cells, self.spread)
         if self.space is None:
-            return cells.chosen
+            return chosen
         kernels, channels, totals = [], [], {}
-        counts = [cell_shape(shape)[0] for shape in self.space.shapes]
-        split = torch.split(cells.sums, counts, dim=1)
-        for name, shape, part in zip(self.space.names, self.space.shapes, split, strict=True):
+        shapes = self._whole_shapes
+        split = torch.split(sums, [cell_shape(shape)[0] for shape in shapes], dim=1)
+        for name, shape, part in zip(self.space.names, shapes, split, strict=True):
             if len(shape) > 2:
                 kernels.append(part)
                 part = part.unflatten(1, (shape[0], shape[1])).sum(2)
@@ -92,7 +108,7 @@ class Blocks:
         layers = [
             torch.stack([totals[n] for n in names]).sum(0) for names in self.space.layers().values()
         ]
-        return torch.cat([torch.stack(layers, 1), *channels, *kernels, cells.chosen], 1)
+        return torch.cat([torch.stack(layers, 1), *channels, *kernels, chosen], 1)
 
 
 def blocks_of(op: LinearOperator, chosen: Mapping[str, Index] | None) -> Blocks:
@@ -117,7 +133,7 @@ def blocks_of(op: LinearOperator, chosen: Mapping[str, Index] | None) -> Blocks:
     for name, where in named.items():
         if where.numel() == 0:
             raise ValueError(f"the block {name!r} in blocks= is empty")
-    return Blocks(op.space, named)
+    return Blocks(op.space, named, op.spread)
 
 
 @dataclass(frozen=True)

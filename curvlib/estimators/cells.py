@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlib.core.spread import Spread
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -64,20 +66,23 @@ def pieces(
     start = first = 0
     for shape in shapes or ():
         count, size = cell_shape(shape)
+        if not size:  # of a slice that is empty here
+            first += count
+            continue
         if size > width:
             for cell in range(first, first + count):
                 for a in range(start, start + size, width):
                     spans.append((a, min(a + width, start + size), slice(cell, cell + 1)))
                 start += size
         else:
-            many = max(width // max(size, 1), 1)
+            many = max(width // size, 1)
             for cell in range(0, count, many):
                 stop = min(cell + many, count)
                 place = slice(first + cell, first + stop)
                 spans.append((start + cell * size, start + stop * size, place))
             start += count * size
         first += count
-    ends = torch.tensor([b for _, b, _ in spans])
+    ends = torch.tensor([b for _, b, _ in spans], dtype=torch.int64)
     cuts = [[0, *torch.searchsorted(index.cpu(), ends).tolist()] for index in chosen]
     return [
         Piece(
@@ -115,3 +120,34 @@ class Cells:
         for at, index in enumerate(piece.chosen):
             if index.numel():
                 self.chosen[:, at] += values[:, index - piece.span.start].sum(1)
+
+
+def whole_cells(cells: Cells, spread: Spread) -> tuple[Tensor, Tensor]:
+    """Sums over cells and chosen blocks of whole vectors, from those over every rank's entries.
+
+    A cell lies on one rank, or a part of it on each: one sum over ranks in either case.
+
+    Args:
+        cells: Of this rank's entries.
+        spread: Which they are.
+
+    Returns:
+        As :attr:`Cells.sums` and :attr:`Cells.chosen`, of all, the same on every rank.
+    """
+    rows, start = len(cells.sums), 0
+    parts: list[Tensor] = []
+    for part, shape in zip(spread.slices, cells.shapes or (), strict=cells.shapes is not None):
+        lead = min(max(len(shape) - 1, 1), 2) if shape else 0  # axes that number the cells
+        count = cell_shape(shape)[0]
+        own = cells.sums[:, start : start + count].reshape(rows, *shape[:lead])
+        if part.dim < lead:
+            first, last = part.bounds(spread.group.rank, spread.group.size)
+            whole = own.new_zeros((rows, *part.shape[:lead]))
+            whole.narrow(part.dim + 1, first, last - first).copy_(own)
+            own = whole
+        parts.append(own.reshape(rows, -1))
+        start += count
+    sums = torch.cat([*parts, cells.chosen], 1)
+    sums = spread.sum(sums)
+    at = sums.shape[1] - cells.chosen.shape[1]
+    return sums[:, :at], sums[:, at:]

@@ -32,7 +32,6 @@ from curvlib.estimators.stopping import (
     KEPT_BYTES,
     Plan,
     one_of,
-    only_hutchinson,
     plan,
     products_of,
     relative,
@@ -212,12 +211,7 @@ def diagonal(
         save_every=save_every,
         progress=progress,
     )
-    if op.spread is not None and blocks is not None:
-        raise ValueError(
-            f"blocks= needs whole vectors, and those of {op!r} are spread over processes (a "
-            "sharding that curvlib cannot follow here); take means of space.gather(.value)"
-        )
-    groups = blocks_of(op, blocks) if op.spread is None else Blocks(None, {})
+    groups = blocks_of(op, blocks)
     if chosen == "exact":
         value = exact(setup).diagonal
         sums = groups.sums(value)
@@ -257,11 +251,23 @@ def _with_graph(
     )
 
 
-def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float | None) -> str:
-    """The method for an operator and a budget of products: see :func:`diagonal`."""
+def choose(
+    op: LinearOperator,
+    method: str | None,
+    budget: int,
+    tolerance: float | None,
+    holders: int | None = None,
+) -> str:
+    """The method for an operator and a budget of products: see :func:`diagonal`.
+
+    Args:
+        op: The operator.
+        method: The one that is asked for.
+        budget: Products.
+        tolerance: See :func:`diagonal`.
+        holders: Over how many processes vectors are spread; as those of ``op`` when omitted.
+    """
     n = op.shape[0]
-    if op.spread is not None:
-        return only_hutchinson(op, method)
     if method == "hutchinson" or (method == "xdiag" and budget == 1):
         return "hutchinson"  # which XDiag with one probe is
     if budget >= n and (tolerance is None or n <= SMALL):
@@ -269,7 +275,13 @@ def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float
     if method is not None:
         return method
     pick, copies = ("xnysdiag", 2) if op.psd else ("xdiag", 3)
-    kept = copies * (min(budget, n) // METHODS[pick]) * n * (torch.finfo(op.dtype).bits // 8)
+    kept = (
+        copies
+        * (min(budget, n) // METHODS[pick])
+        * n
+        * (torch.finfo(op.dtype).bits // 8)
+        / (holders or op.holders)
+    )
     return pick if kept <= KEPT_BYTES and budget >= 8 else "hutchinson"
 
 
@@ -295,7 +307,7 @@ def _hutchinson(setup: Plan, groups: Blocks) -> DiagonalEstimate:
         ),
         report=lambda state: (state.count, setup.limit, ""),
         title="diagonal (hutchinson)",
-        settings=setup.settings | ({} if setup.op.spread is None else {"blocks": "none"}),
+        settings=setup.settings,
         problem=lambda: _problem(setup, groups),
     )
     value, stderr = statistics(last)
@@ -316,7 +328,9 @@ def _xdiag(setup: Plan, groups: Blocks) -> DiagonalEstimate:
         lambda: leave_one_out.first_state(setup),
         lambda state: leave_one_out.next_state(setup, state, keep_images=True),
         state_type=leave_one_out.SketchState,
-        done=lambda state: setup.done(state.count, lambda: norm_error(*average(state)[:2])),
+        done=lambda state: setup.done(
+            state.count, lambda: norm_error(*average(state)[:2], setup.op.spread)
+        ),
         report=lambda state: (state.products, 2 * setup.limit, ""),
         title="diagonal (xdiag)",
         settings=setup.settings,
@@ -336,7 +350,9 @@ def _xnysdiag(setup: Plan, groups: Blocks) -> DiagonalEstimate:
         lambda: leave_one_out_psd.first_state(setup),
         lambda state: leave_one_out_psd.next_state(setup, state),
         state_type=leave_one_out_psd.NystromState,
-        done=lambda state: setup.done(state.count, lambda: norm_error(*average(state)[:2])),
+        done=lambda state: setup.done(
+            state.count, lambda: norm_error(*average(state)[:2], setup.op.spread)
+        ),
         report=lambda state: (state.count, setup.limit, ""),
         title="diagonal (xnysdiag)",
         settings=setup.settings,

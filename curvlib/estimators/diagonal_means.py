@@ -41,7 +41,7 @@ def averaged(
         samples: The probes' diagonals; ``None`` for the zero operator.
         groups: Blocks whose means are wanted too.
     """
-    n = op.shape[0]
+    n = op.length
     mean = torch.zeros(n, dtype=op.dtype, device=op.device)
     variance = torch.zeros_like(mean)
     blocks = groups or Blocks(None, {})

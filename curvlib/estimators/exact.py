@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from curvlib.estimators.rows import dots
 from curvlib.estimators.stopping import Plan, multiply
 
 
@@ -19,6 +21,8 @@ class ExactState:
         squares: Sum of the squares of all entries so far.
         count: Columns multiplied.
     """
+
+    SPREAD: ClassVar = ("diagonal",)
 
     diagonal: Tensor
     squares: float
@@ -36,16 +40,21 @@ def exact(plan: Plan) -> ExactState:
 
     def step(state: ExactState) -> ExactState:
         start, stop = state.count, min(state.count + plan.block, size)
-        rows = torch.zeros((stop - start, size), dtype=op.dtype, device=op.device)
-        rows[:, start:stop].fill_diagonal_(1.0)
+        which = columns = torch.arange(start, stop, device=op.device)
+        if op.spread is not None:
+            which, columns = op.spread.own(columns)
+            which = which + start
+        rows = torch.zeros((stop - start, op.length), dtype=op.dtype, device=op.device)
+        rows[which - start, columns] = 1.0
         product = multiply(op, rows, start)
-        wide = product.double().ravel()
+        wide = product.double().reshape(1, -1)
         if height == size:
-            state.diagonal[start:stop] = product[:, start:stop].diagonal()
-        return ExactState(state.diagonal, state.squares + float(torch.dot(wide, wide)), stop)
+            state.diagonal[columns] = product[which - start, columns]
+        squares = float(dots(wide, wide, op.spread)[0])
+        return ExactState(state.diagonal, state.squares + squares, stop)
 
     return plan.run(
-        lambda: ExactState(torch.zeros(size, dtype=op.dtype, device=op.device), 0.0, 0),
+        lambda: ExactState(torch.zeros(op.length, dtype=op.dtype, device=op.device), 0.0, 0),
         step,
         state_type=ExactState,
         done=lambda state: state.count == size,

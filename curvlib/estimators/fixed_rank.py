@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.estimators import sketch
-from curvlib.estimators.probes import fill_probes
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class SketchState:
         products: Columns multiplied.
     """
 
+    SPREAD: ClassVar = ("block", "product")
+
     block: Tensor
     product: Tensor
     column: int
@@ -42,8 +44,7 @@ def first_state(
     op: LinearOperator, width: int, probes: int, random: torch.Generator
 ) -> SketchState:
     """The state before the first product: ``width`` random vectors."""
-    like = torch.empty(op.shape[0], dtype=op.dtype, device=op.device)
-    block = sketch.random_rows(width, like, random)
+    block = sketch.random_rows(op, width, random)
     return SketchState(
         block=block,
         product=torch.empty_like(block),
@@ -75,12 +76,12 @@ def next_state(
         return state
     state = replace(state, column=0, passes=state.passes + 1)
     if state.passes < passes:
-        return replace(state, block=sketch.orthonormal(state.product))
+        return replace(state, block=sketch.orthonormal(state.product, op.spread))
     if method == "nystrom":
-        vectors, values = sketch.nystrom(state.block, state.product, op.name)
+        vectors, values = sketch.nystrom(op, state.block, state.product)
     else:
-        vectors, values = sketch.rayleigh_ritz(state.block, state.product)
-    none = state.product.new_empty((0, op.shape[0]))
+        vectors, values = sketch.rayleigh_ritz(state.block, state.product, op.spread)
+    none = state.product.new_empty((0, op.length))
     return replace(state, block=vectors[:rank].contiguous(), product=none, values=values[:rank])
 
 
@@ -88,8 +89,7 @@ def _tested(op: LinearOperator, state: SketchState, block: int) -> SketchState:
     random = torch.Generator(device=op.device)
     random.set_state(state.random)
     count = min(block, state.squares.shape[1] - state.tested)
-    rows = torch.empty((count, op.shape[0]), dtype=op.dtype, device=op.device)
-    fill_probes(rows, "rademacher", random)
+    rows = sketch.probe_rows(op, count, "rademacher", random)
     squares = state.squares.clone()
     squares[:, state.tested : state.tested + count] = sketch.error_samples(
         op, state.block, state.values, rows, state.products

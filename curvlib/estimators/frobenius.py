@@ -129,7 +129,7 @@ def frobenius_norm(
         :math:`A^\top A`; the leave-one-out form is derived in
         :func:`curvlib.estimators.exchangeable.square_samples`.
     """
-    op = as_operator(op)
+    op = as_operator(op, spread=True)
     if 0 in op.shape:
         raise ValueError(f"the operator is empty, of shape {op.shape}: it has no norm to estimate")
     if method is not None:
@@ -170,7 +170,7 @@ def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float
         return "exact"
     if method is not None:
         return method
-    kept = 3 * (min(budget, n) // 2) * n * (torch.finfo(op.dtype).bits // 8)
+    kept = 3 * (min(budget, n) // 2) * n * (torch.finfo(op.dtype).bits // 8) / op.holders
     fits = op.symmetric and kept <= KEPT_BYTES and budget >= 8
     return "xtrace" if fits else "hutchinson"
 
@@ -200,7 +200,7 @@ def _hutchinson(setup: Plan) -> FrobeniusNorm:
 
 def _xtrace(setup: Plan) -> FrobeniusNorm:
     def statistics(state: leave_one_out.SketchState) -> tuple[Tensor, Tensor]:
-        gram = inner(state.images, state.images)
+        gram = inner(state.images, state.images, spread=setup.op.spread)
         return exchangeable.square_samples(
             state.R,
             state.H,

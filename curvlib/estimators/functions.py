@@ -250,7 +250,7 @@ def _trace(
     save_every: float = 30.0,
     progress: Progress = None,
 ) -> FunctionTrace:
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     require_counts(steps=(steps, 1), probes=(probes, 1))
     for name, count in (("max_products", max_products), ("block", block)):
         if count is not None:
@@ -308,9 +308,9 @@ def _trace(
 
     def problem() -> str:
         # Without a tolerance, the products do not depend on the function.
-        parts = [] if removed is None else [removed]
-        parts += [] if tolerance is None else [_signature(fn)]
-        return op.fingerprint() + (digest(parts) if parts else "")
+        parts = "" if removed is None else op.digest([removed.mT])
+        parts += "" if tolerance is None else digest([_signature(fn)])
+        return op.fingerprint() + parts
 
     state = run(
         lambda: function_state.first_state(plan, random),
@@ -326,6 +326,7 @@ def _trace(
         save_every=save_every,
         progress=progress,
         group=op.group,
+        spread=op.spread,
     )
     return _finish(plan, state, settings)
 

@@ -3,6 +3,7 @@ r"""Hutch++: the trace on a sketched subspace exactly, and of the rest by indepe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class HutchppState:
         products: Columns multiplied.
         generator: State of the random generator.
     """
+
+    SPREAD: ClassVar = ("basis",)
 
     basis: tuple[Tensor, ...]
     known: float
@@ -47,28 +50,29 @@ def next_state(plan: Plan, state: HutchppState, rank: int) -> HutchppState:
     Raises:
         FloatingPointError: If a product is not finite.
     """
+    spread = plan.op.spread
     if state.rank < rank:
         size = min(plan.block, rank - state.rank)
         rows, generator = plan.draw(state.generator, size)
-        fresh, *_ = extend(state.basis, multiply(plan.op, rows, state.products))
+        fresh, *_ = extend(state.basis, multiply(plan.op, rows, state.products), spread=spread)
         image = multiply(plan.op, fresh, state.products + size)
         return replace(
             state,
             basis=(*state.basis, fresh),
-            known=state.known + float(dots(fresh, image).sum()),
+            known=state.known + float(dots(fresh, image, spread).sum()),
             products=state.products + 2 * size,
             generator=generator,
         )
     size = plan.following(len(state.samples))
     rows, generator = plan.draw(state.generator, size)
     for _ in range(2 if state.basis else 0):
-        subtract(rows, state.basis, inner(state.basis, (rows,)), rows)
+        subtract(rows, state.basis, inner(state.basis, (rows,), spread=spread), rows)
     if plan.law != "rademacher":  # the direction is uniform: set the length to its mean
         left = plan.op.shape[0] - state.rank
-        norms = dots(rows, rows).sqrt()[:, None]
+        norms = dots(rows, rows, spread).sqrt()[:, None]
         rows.mul_((left**0.5 / norms).to(rows.dtype))
     image = multiply(plan.op, rows, state.products)
-    samples = dots(rows, image).cpu()
+    samples = dots(rows, image, spread).cpu()
     return replace(
         state,
         samples=torch.cat([state.samples, samples]),

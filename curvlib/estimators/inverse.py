@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
-from curvlib.estimators import sketch, solve_state
+from curvlib.estimators import solve_state
 from curvlib.estimators.arguments import read_preconditioner, read_settings
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.probes import generator_of
@@ -42,6 +42,7 @@ class Inverse(LinearOperator):
             name=f"({op.name})^-1" if damping == 0.0 else f"({op.name} + {damping:g} I)^-1",
             identity=lambda: f"{op.fingerprint()}{damping!r}{method}{kept}{digest()}",
             group=op.group,
+            spread=op.spread,
         )
 
     def solve(self, x: Tensor, damping: float = 0.0) -> Tensor:
@@ -98,7 +99,7 @@ def inverse(
         >>> [round(v, 6) for v in (inv @ torch.ones(2, dtype=torch.float64)).tolist()]
         [0.5, 0.25]
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     damping, method, tolerance = read_settings(
         op,
         damping=damping,
@@ -111,9 +112,8 @@ def inverse(
     random = generator_of(generator, seed, op.device)
     rank, given = read_preconditioner(op, preconditioner)
     if rank:
-        like = torch.empty(op.shape[0], dtype=op.dtype, device=op.device)
-        omega = sketch.random_rows(rank, like, random)
-        given = solve_state.preconditioner_of(*solve_state.nystrom_parts(op, omega), damping)
+        parts = solve_state.nystrom_parts(op, rank, random)
+        given = solve_state.preconditioner_of(op, *parts, damping)
     settings = {
         "preconditioner": given,
         "tolerance": tolerance,

@@ -184,7 +184,7 @@ def estimate(
         >>> answers.trace, answers.diagonal.tolist()
         (4.0, [3.0, -1.0, 2.0])
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     wanted = [of] if isinstance(of, str) else list(of)
     if not wanted:
         raise ValueError(f"of= is empty; there are {', '.join(KINDS)}")
@@ -215,7 +215,7 @@ def estimate(
             out.append(0.5 * relative(*map(float, mean_and_stderr(state.squares))))
         if state.diagonal is not None and state.residual is not None:
             stderr = sampling.diagonal_stderr(state.residual, state.weight, state.count)
-            out.append(norm_error(state.diagonal, stderr))
+            out.append(norm_error(state.diagonal, stderr, op.spread))
         return out
 
     last = setup.run(

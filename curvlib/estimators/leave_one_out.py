@@ -7,6 +7,7 @@ the orthonormal basis of their products, and what the basis is mapped to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SketchState:
         products: Columns multiplied.
         generator: State of the random generator.
     """
+
+    SPREAD: ClassVar = ("probes", "basis", "images")
 
     probes: tuple[Tensor, ...]
     basis: tuple[Tensor, ...]
@@ -69,14 +72,14 @@ def next_state(plan: Plan, state: SketchState, *, keep_images: bool) -> SketchSt
     Raises:
         FloatingPointError: If a product is not finite.
     """
-    size = plan.following(state.count)
+    size, spread = plan.following(state.count), plan.op.spread
     rows, generator = plan.draw(state.generator, size)
     product = multiply(plan.op, rows, state.products)
-    fresh, C, R, seen = extend(state.basis, product, rows)
+    fresh, C, R, seen = extend(state.basis, product, rows, spread=spread)
     image = multiply(plan.op, fresh, state.products + size)
     basis = (*state.basis, fresh)
     probes = (*state.probes, rows)
-    columns = inner(basis, (image,))  # Q.T A Q_new
+    columns = inner(basis, (image,), spread=spread)  # Q.T A Q_new
     old = state.count
     H = torch.zeros((old + size, old + size), dtype=torch.float64)
     H[:old, :old] = state.H
@@ -86,12 +89,12 @@ def next_state(plan: Plan, state: SketchState, *, keep_images: bool) -> SketchSt
     W = torch.zeros_like(H)
     W[:old, :old] = state.W
     W[:old, old:] = seen
-    W[old:] = inner((fresh,), probes)
+    W[old:] = inner((fresh,), probes, spread=spread)
     whole = torch.zeros_like(H)
     whole[:old, :old] = state.R
     whole[:old, old:] = C
     whole[old:, old:] = R
-    squares = dots(rows, rows).cpu()
+    squares = dots(rows, rows, spread).cpu()
     return SketchState(
         probes=probes,
         basis=basis,

@@ -21,12 +21,13 @@ streaming data*, NeurIPS 2017 (the shift).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlib.estimators.exchangeable import nystrom_samples
-from curvlib.estimators.rows import dots, inner, spans
+from curvlib.estimators.rows import dots, inner, largest, spans, summed
 from curvlib.estimators.stopping import Plan, multiply
 
 
@@ -39,6 +40,8 @@ class NystromState:
         images: Their products, ``[b, n]`` for each step.
         generator: State of the random generator.
     """
+
+    SPREAD: ClassVar = ("probes", "images")
 
     probes: tuple[Tensor, ...]
     images: tuple[Tensor, ...]
@@ -88,16 +91,18 @@ class NystromSketch:
     C: Tensor
 
 
-def sketch(plan: Plan, state: NystromState) -> NystromSketch:
-    """Factorizes ``probes.T @ A @ probes``.
+def sketch(plan: Plan, state: NystromState) -> NystromSketch | None:
+    """Factorizes ``probes.T @ A @ probes``; ``None`` if all products are zero.
 
     Raises:
         ValueError: If it has a clearly negative eigenvalue: the operator is not PSD.
     """
     n, eps = plan.op.shape[0], torch.finfo(plan.op.dtype).eps
-    both = inner(state.probes, (*state.images, *state.probes))
+    if not any(largest(block, plan.op.spread) for block in state.images):
+        return None
+    both = inner(state.probes, (*state.images, *state.probes), spread=plan.op.spread)
     core, gram = both[:, : state.count], both[:, state.count :]
-    squares = sum(float(dots(b, b).sum()) for b in state.images)
+    squares = sum(float(dots(b, b, plan.op.spread).sum()) for b in state.images)
     shift = eps * squares**0.5
     values, V = torch.linalg.eigh(0.5 * (core + core.mT) + shift * gram)
     if float(values[0]) < -(eps**0.5) * float(values[-1].abs()) - 2 * shift * n:
@@ -132,15 +137,16 @@ def factored(state: NystromState, shift: float, factor: Tensor, span: slice) -> 
 
 def trace_samples(plan: Plan, state: NystromState) -> tuple[Tensor, Tensor]:
     """XNysTrace: an estimate of the trace for each probe, and their influences, each ``[m]``."""
-    if not any(bool(block.any()) for block in state.images):
+    parts = sketch(plan, state)
+    if parts is None:
         nothing = torch.zeros(state.count, dtype=torch.float64)
         return nothing, nothing.clone()
-    parts = sketch(plan, state)
     K = torch.zeros_like(parts.G)
     weights = parts.root.mT.to(plan.op.device)
     for span in spans(state.probes[0]):
         F = factored(state, parts.shift, weights, span)
         K += (F @ F.mT).cpu()
+    K = summed(K, plan.op.spread)
     E = parts.root / parts.G.diagonal().sqrt()[:, None]
     n = plan.op.shape[0]
     samples, shares = nystrom_samples(
@@ -183,10 +189,10 @@ class DiagonalSamples:
     @classmethod
     def of(cls, plan: Plan, state: NystromState) -> DiagonalSamples | None:
         """From a sketch; ``None`` if all products are zero."""
-        if not any(bool(block.any()) for block in state.images):
+        parts = sketch(plan, state)
+        if parts is None:
             return None
-        parts, like = sketch(plan, state), state.probes[0]
-        m = state.count
+        m, like = state.count, state.probes[0]
         root = parts.G.diagonal().sqrt()
         first = torch.arange(m)
         after = (first + 1) % m

@@ -14,6 +14,8 @@ from torch import Tensor
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, Report, run
+from curvlib.core.space import ParamSpace
+from curvlib.core.spread import Spread
 from curvlib.core.structured import LowRankPlusShift
 from curvlib.estimators import adaptive_rank, fixed_rank
 from curvlib.estimators.adaptive_rank import Growth, GrowthState
@@ -36,7 +38,8 @@ class LowRank(Result):
 
     Attributes:
         values: :math:`\lambda`, ``[k]``, float64, the largest absolute values first.
-        vectors: :math:`U`, ``[P, k]``, orthonormal, column-contiguous.
+        vectors: :math:`U`, ``[P, k]``, orthonormal, column-contiguous; this process's rows of it
+            where vectors are spread over processes.
         squared_error: Estimate of :math:`\|A - \hat A\|_F^2`; NaN without probes.
         squared_error_stderr: Its standard error.
         squared_norm: Estimate of :math:`\|A\|_F^2` from the same probes.
@@ -64,9 +67,28 @@ class LowRank(Result):
 
     @property
     def operator(self) -> LowRankPlusShift:
-        r""":math:`\hat A` as an operator with ``solve``, ``logdet`` and the like."""
+        r""":math:`\hat A` as an operator with ``solve``, ``logdet`` and the like.
+
+        Raises:
+            ValueError: If the vectors are spread over processes: see :meth:`operator_in`.
+        """
+        holders = self.settings.get("holders", 1)
+        if holders > 1:
+            raise ValueError(
+                f"the vectors of this approximation are spread over {holders} processes, of which "
+                "each knows its rows only; use operator_in(risk.space)"
+            )
+        return self._operator(None)
+
+    def operator_in(self, space: ParamSpace) -> LowRankPlusShift:
+        """The same where vectors may be spread over processes, of the space of the parameters."""
+        return self._operator(space.spread)
+
+    def _operator(self, spread: Spread | None) -> LowRankPlusShift:
         name = f"{self.name}, rank {self.values.numel()}"
-        return LowRankPlusShift.from_eigenvalues(self.vectors, self.values, name=name)
+        return LowRankPlusShift.from_eigenvalues(
+            self.vectors, self.values, name=name, spread=spread
+        )
 
     @property
     def error(self) -> float:
@@ -168,7 +190,7 @@ def low_rank(
         53 (2011), algorithms 4.4 and 5.3; J. Tropp et al., *Fixed-rank approximation of a
         positive-semidefinite matrix from streaming data*, NeurIPS 2017, algorithm 3.
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     n = op.shape[0]
     if rank is None and tolerance is None:
         raise ValueError("pass rank= (eigenpairs kept) or tolerance= (relative error), or both")
@@ -208,6 +230,7 @@ def low_rank(
         "save_every": save_every,
         "progress": progress,
         "group": op.group,
+        "spread": op.spread,
     }
     if tolerance is not None:
         budget = _budget(tolerance, max_products, probes, power)
@@ -299,7 +322,7 @@ def _result(
         method=settings["method"],
         converged=converged,
         name=op.name,
-        settings=settings,
+        settings=settings if op.spread is None else {**settings, "holders": op.holders},
     )
 
 

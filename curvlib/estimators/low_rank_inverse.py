@@ -39,5 +39,7 @@ def inverse_rows(
     if float(values.max()) / rest * torch.finfo(rows.dtype).eps > SLOPPINESS:
         return None
     basis = operator.vectors.mT
-    coefficients = inner((basis,), (rows,)) * (1.0 / values - 1.0 / rest)[:, None]
+    coefficients = (
+        inner((basis,), (rows,), spread=operator.spread) * (1.0 / values - 1.0 / rest)[:, None]
+    )
     return torch.addmm(rows, coefficients.mT.to(rows), basis, beta=1.0 / rest, out=out)

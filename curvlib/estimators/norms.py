@@ -18,6 +18,7 @@ from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import eigenpairs
 from curvlib.estimators.lanczos import power_of_two
 from curvlib.estimators.probes import LAWS, fill_probes, generator_of
+from curvlib.estimators.rows import largest, summed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,7 +89,7 @@ def spectral_norm(
         >>> round(spectral_norm(A).value, 6)
         4.0
     """
-    op = as_operator(op)
+    op = as_operator(op, spread=True)
     if 0 in op.shape:
         raise ValueError(f"the operator is empty {op.shape}: it has no norm")
     symmetric = op.symmetric
@@ -146,16 +147,16 @@ def spectral_norm(
 def _unit(op: LinearOperator) -> float:
     """A power of two near the operator's norm, so that no square over- or underflows."""
     random = generator_of(None, 0, op.device)
-    rows = torch.empty((1, op.shape[1]), dtype=op.dtype, device=op.device)
-    fill_probes(rows, "sphere", random)
-    largest = float(op.matmat(rows.mT).abs().max())
-    if not math.isfinite(largest):
+    rows = torch.empty((1, op.length), dtype=op.dtype, device=op.device)
+    fill_probes(rows, "sphere", random, op.spread)
+    most = largest(op.matmat(rows.mT), op.spread)
+    if not math.isfinite(most):
         raise FloatingPointError(
             f"the first product with {op!r} has entries that are NaN or infinite; check the loss "
             "and its derivatives at these parameters (risk.check())"
         )
     least = 4.0 * torch.finfo(op.dtype).tiny  # so that one over it is finite
-    return power_of_two(max(largest, least), op.dtype) if largest > 0.0 else 1.0
+    return power_of_two(max(most, least), op.dtype) if most > 0.0 else 1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -249,13 +250,18 @@ def cosine_similarity(
         >>> round(cosine.value, 6), round(cosine.stderr, 6)
         (1.0, 0.0)
     """
-    a, b = as_operator(a), as_operator(b)
+    a, b = as_operator(a, spread=True), as_operator(b, spread=True)
     if a.shape != b.shape:
         raise ValueError(f"expected operators of one shape, got {a.shape} and {b.shape}")
     if a.dtype != b.dtype:
         raise TypeError(f"expected operators of one type, got {a.dtype} and {b.dtype}")
     if a.device != b.device:
         raise ValueError(f"expected operators on one device, got {a.device} and {b.device}")
+    if a.spread != b.spread:
+        raise ValueError(
+            f"expected operators whose vectors are on the same processes, got {a!r} and {b!r}; "
+            "make both of risks with the same parameters of the same sharded model"
+        )
     if tolerance is not None and not (tolerance > 0.0 and math.isfinite(tolerance)):
         raise ValueError(f"expected a positive tolerance=, got {tolerance}")
     if law not in LAWS:
@@ -315,13 +321,13 @@ def _next_cosine(
 ) -> CosineState:
     generator = torch.Generator(device=a.device)
     generator.set_state(state.random)
-    rows = torch.empty((count, a.shape[1]), dtype=a.dtype, device=a.device)
-    fill_probes(rows, law, generator)
+    rows = torch.empty((count, a.length), dtype=a.dtype, device=a.device)
+    fill_probes(rows, law, generator, a.spread)
     left, right = a.matmat(rows.mT).mT, b.matmat(rows.mT).mT
     fresh = torch.stack(
         [torch.linalg.vecdot(x, y) for x, y in ((left, right), (left, left), (right, right))]
     )
-    fresh = fresh.double().cpu()
+    fresh = summed(fresh.double().cpu(), a.spread)
     if not bool(torch.isfinite(fresh).all()):
         done = state.moments.shape[1]
         raise FloatingPointError(

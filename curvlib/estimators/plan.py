@@ -23,7 +23,9 @@ solve          :math:`12 P K` an iteration        :math:`c K v`: see :data:`SOLV
 Against all tensors that are really made, memory is right to 7 % (``tests/test_planning.py``).
 Krylov vectors of data-parallel ranks are the same on all, and so is the work on them. Sharded
 ranks share it, and all-reduce coefficients: :math:`3 m` numbers for each vector of a basis, a few
-for each column of a solver.
+for each column of a solver, :data:`SKETCH_SUMS` times :math:`m^2` for a sketch of :math:`m` probes,
+and for block means of a diagonal the sum over each cell (:mod:`curvlib.estimators.cells`) for each
+probe.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from __future__ import annotations
 from curvlib.core.operator import LinearOperator
 from curvlib.core.plan import Phase, Ranks
 from curvlib.core.product_cost import ProductCost
+from curvlib.core.space import ParamSpace
 from curvlib.estimators import diagonal, thick_restart, trace
+from curvlib.estimators.cells import cell_shape
 from curvlib.estimators.density import BASIS_BYTES
 from curvlib.estimators.eigenpairs import buffer_size
 from curvlib.estimators.lanczos import SCRATCH_BYTES
@@ -47,6 +51,10 @@ POINTS = 1024
 #: sides in units of their norms, the solutions, and what an iteration remembers and makes; and with
 #: what it remembers twice, when true residuals are measured on the way.
 SOLVE_BLOCKS = {"cg": (7, 11), "minres": (9, 16), "neumann": (5, 9)}
+
+#: Inner products that sharded ranks add up for a sketch of m probes, by m^2: the basis is read
+#: against its next block three times, against products and against probes.
+SKETCH_SUMS = {"xtrace": 2.5, "xdiag": 2.5, "hutch++": 3.0, "xnystrace": 3.0, "xnysdiag": 2.0}
 
 
 def graphs_phase(cost: ProductCost, ranks: Ranks) -> Phase:
@@ -136,7 +144,7 @@ def trace_phase(
 ) -> Phase:
     """A trace by random probes, with its whole budget: see :func:`curvlib.trace`."""
     budget = _budget(products, tolerance)
-    chosen = trace.choose(op, method, budget, tolerance)
+    chosen = trace.choose(op, method, budget, tolerance, ranks.holders)
     copies = {"xtrace": 2.0, "xnystrace": 2.0, "hutch++": 1.0}.get(chosen, 0.0)
     return _sampled(op, cost, ranks, "trace", chosen, budget, block, copies, trace.METHODS)
 
@@ -153,7 +161,7 @@ def diagonal_phase(
 ) -> Phase:
     """A diagonal by random probes, with its whole budget: see :func:`curvlib.diagonal`."""
     budget = _budget(products, tolerance)
-    chosen = diagonal.choose(op, method, budget, tolerance)
+    chosen = diagonal.choose(op, method, budget, tolerance, ranks.holders)
     copies = {"xdiag": 3.0, "xnysdiag": 2.0}.get(chosen, 0.0)
     return _sampled(op, cost, ranks, "diagonal", chosen, budget, block, copies, diagonal.METHODS)
 
@@ -219,14 +227,25 @@ def _sampled(
     own = 8.0 * n * probes**2 if copies else 4.0 * n * budget
     kept = 2.0 * vector if name == "diagonal" else 0.0
     more = vector if kept and method == "hutchinson" else 0.0
-    sums = ranks.all_reduce(3 * probes * 8) if ranks.sharded else 0.0
+    numbers = SKETCH_SUMS.get(method, 0.0) * probes**2 + budget
+    if kept and op.space is not None:
+        numbers += (budget if method == "hutchinson" else 3 * probes) * _cells(op.space)
+    sums = ranks.all_reduce(8 * numbers) if ranks.sharded else 0.0
     return Phase(
         f"{name}",
         cost.work(ranks, calls, wide, warm=True) + _divided(own, ranks),
         kept=kept,
         working=held * vector + more + max(cost.memory(ranks, wide), chunk),
-        traffic=calls * (cost.traffic(ranks, wide) + sums),
+        traffic=calls * cost.traffic(ranks, wide) + sums,
     )
+
+
+def _cells(space: ParamSpace) -> int:
+    """Cells of the parameters of a space, of which block means are made."""
+    shapes = space.shapes
+    if space.spread is not None:
+        shapes = tuple(part.shape for part in space.spread.slices)
+    return sum(cell_shape(shape)[0] for shape in shapes)
 
 
 def _budget(products: int | None, tolerance: float | None) -> int:

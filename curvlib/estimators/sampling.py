@@ -109,7 +109,7 @@ def next_state(plan: Plan, state: SamplingState, blocks: Blocks | None) -> Sampl
         width = 2**14 if W.device.type == "cpu" else 2**19
         for piece in groups.pieces(W.shape[1], width):
             _read(left, piece, W[:, piece.span], Y[:, piece.span], cells, own)
-    summed = bool(cells.sums.shape[1])
+    summed = bool(cells.sums.shape[1]) and plan.op.spread is None
     if fused is not None:
         traces = fused[0]
     else:

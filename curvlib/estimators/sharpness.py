@@ -12,6 +12,7 @@ from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.estimators.arguments import column_norms, right_hand_sides
 from curvlib.estimators.eigenpairs import require_symmetric
+from curvlib.estimators.rows import summed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,25 +100,27 @@ def directional_sharpness(
         Y. Pan and Y. Li, *Toward understanding why Adam converges faster than SGD for
         transformers*, 2023, definition 1.
     """
-    op = require_symmetric(op)
+    op = require_symmetric(op, spread=True)
     columns = right_hand_sides(op, u, "u")
     g = None if gradient is None else right_hand_sides(op, gradient, "gradient")
     if g is not None and g.shape[1] != 1:
-        raise ValueError(f"expected gradient of shape [{op.shape[0]}], got {list(g.shape)}")
-    norms = column_norms(columns)
+        raise ValueError(f"expected gradient of shape [{op.length}], got {list(g.shape)}")
+    norms = column_norms(columns, op.spread)
     if bool((norms == 0.0).any()):
         zero = (norms == 0.0).nonzero()[:, 0].tolist()
         raise ValueError(f"directions {zero} are zero: the sharpness along them is undefined")
     unit = (columns / norms).mT.contiguous()
     product = op.matmat(unit.mT).mT
-    value = torch.linalg.vecdot(unit, product).double().cpu()
+    value = summed(torch.linalg.vecdot(unit, product).double().cpu(), op.spread)
     if not bool(torch.isfinite(value).all()):
         raise FloatingPointError(
             f"the product of {op!r} with the directions has entries that are NaN or infinite; "
             "check the loss and its derivatives at these parameters (risk.check())"
         )
     size = norms.double().cpu()
-    slope = None if g is None else (columns.mT @ g)[:, 0].double().cpu()
+    slope = None
+    if g is not None:
+        slope = summed((columns.mT @ g)[:, 0].double().cpu(), op.spread)
     one = u.ndim == 1
     curvature = value * size.square()
     return DirectionalSharpness(

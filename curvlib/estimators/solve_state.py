@@ -79,7 +79,7 @@ class SolveState:
         products: Columns multiplied.
     """
 
-    SPREAD: ClassVar = ("x", "work")
+    SPREAD: ClassVar = ("x", "work", "setup")
 
     x: Tensor
     work: dict[str, Tensor]
@@ -249,8 +249,7 @@ def _setup(problem: Problem, random: torch.Generator) -> tuple[dict[str, Any], i
     """What is made once, and the products that it took."""
     op = problem.op
     if problem.rank:
-        omega = sketch.random_rows(problem.rank, problem.rows[0], random)
-        vectors, values = nystrom_parts(op, omega)
+        vectors, values = nystrom_parts(op, problem.rank, random)
         return {"vectors": vectors, "values": values}, problem.rank
     if problem.method == "neumann" and problem.scale is None:
         from curvlib.estimators.eigenpairs import eigenpairs
@@ -265,18 +264,21 @@ def _setup(problem: Problem, random: torch.Generator) -> tuple[dict[str, Any], i
     return {"scale": 1.0 if problem.scale is None else problem.scale}, 0
 
 
-def nystrom_parts(op: LinearOperator, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and eigenvalues of a Nyström approximation from test vectors ``[l, P]``."""
+def nystrom_parts(op: LinearOperator, rank: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows ``[rank, P]`` and eigenvalues of a Nyström approximation, from as many products."""
+    omega = sketch.random_rows(op, rank, random)
     product = op.matmat(omega.mT).mT
-    if not all_finite(product):
+    if not all_finite(product, op.spread):
         raise FloatingPointError(
             f"the products of the preconditioner with {op!r} have entries that are NaN or "
             "infinite; check the loss and its derivatives at these parameters (risk.check())"
         )
-    return sketch.nystrom(omega, product, op.name)
+    return sketch.nystrom(op, omega, product)
 
 
-def preconditioner_of(vectors: Tensor, values: Tensor, damping: float) -> LowRankPlusShift:
+def preconditioner_of(
+    op: LinearOperator, vectors: Tensor, values: Tensor, damping: float
+) -> LowRankPlusShift:
     r"""The Nyström preconditioner, whose complement has the least of the eigenvalues.
 
     With damping it is that of the source up to a factor: eigenvalues :math:`\lambda_i` in the
@@ -287,11 +289,15 @@ def preconditioner_of(vectors: Tensor, values: Tensor, damping: float) -> LowRan
         Z. Frangella, J. Tropp and M. Udell, *Randomized Nyström preconditioning*, SIAM J. Matrix
         Anal. Appl. 44 (2023), equation 5.3.
     """
-    noise = vectors.shape[1] * torch.finfo(vectors.dtype).eps * float(values[0])
+    noise = op.shape[0] * torch.finfo(vectors.dtype).eps * float(values[0])
     seen = values[values > noise]
     kept = values.clamp(min=float(seen[-1])) if damping == 0.0 and len(seen) else values
     return LowRankPlusShift.from_eigenvalues(
-        vectors.mT, kept, float(kept[-1]), name=f"Nyström of rank {len(values)}"
+        vectors.mT,
+        kept,
+        float(kept[-1]),
+        name=f"Nyström of rank {len(values)}",
+        spread=op.spread,
     )
 
 
@@ -300,7 +306,7 @@ def _system(problem: Problem, state: SolveState, columns: tuple[int, ...]) -> Sy
     if problem.rank:
         if not problem.built:
             parts = state.setup["vectors"], state.setup["values"]
-            problem.built.append(preconditioner_of(*parts, problem.damping))
+            problem.built.append(preconditioner_of(problem.op, *parts, problem.damping))
         preconditioner = problem.built[0]
     return System(
         op=problem.op,

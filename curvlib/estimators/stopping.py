@@ -215,21 +215,6 @@ def products_of(
     return DEFAULT_PRODUCTS[0 if tolerance is None else 1]
 
 
-def only_hutchinson(op: LinearOperator, method: str | None) -> str:
-    """The method for vectors that are spread over processes.
-
-    Raises:
-        ValueError: If another one is asked for.
-    """
-    if method not in (None, "hutchinson"):
-        raise ValueError(
-            f"method {method!r} needs whole vectors, and those of {op!r} are spread over "
-            f"{op.holders} processes (a sharding that curvlib cannot follow here); use "
-            "method='hutchinson'"
-        )
-    return "hutchinson"
-
-
 def law_of_sketch(n: int) -> str:
     r"""The law of probes of a sketch for an operator of size ``n``, where none was asked for.
 

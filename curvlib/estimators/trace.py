@@ -17,12 +17,12 @@ from curvlib.estimators import exchangeable, hutchpp, leave_one_out, leave_one_o
 from curvlib.estimators.eigenpairs import require_symmetric
 from curvlib.estimators.exact import exact
 from curvlib.estimators.intervals import interval, mean_and_stderr, mean_interval
+from curvlib.estimators.rows import summed
 from curvlib.estimators.stopping import (
     KEPT_BYTES,
     Plan,
     law_of_sketch,
     one_of,
-    only_hutchinson,
     plan,
     products_of,
     relative,
@@ -171,17 +171,29 @@ def trace(
         progress=progress,
     )
     if chosen == "exact":
-        value = float(exact(setup).diagonal.sum(dtype=torch.float64))
+        value = float(summed(exact(setup).diagonal.sum(dtype=torch.float64), op.spread))
         none = torch.zeros(0, dtype=torch.float64)
         return _result(setup, chosen, value, 0.0, (value, value), none, op.shape[0])
     return _ESTIMATES[chosen](setup)
 
 
-def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float | None) -> str:
-    """The method for an operator and a budget of products: see :func:`trace`."""
+def choose(
+    op: LinearOperator,
+    method: str | None,
+    budget: int,
+    tolerance: float | None,
+    holders: int | None = None,
+) -> str:
+    """The method for an operator and a budget of products: see :func:`trace`.
+
+    Args:
+        op: The operator.
+        method: The one that is asked for.
+        budget: Products.
+        tolerance: See :func:`trace`.
+        holders: Over how many processes vectors are spread; as those of ``op`` when omitted.
+    """
     n = op.shape[0]
-    if op.spread is not None:
-        return only_hutchinson(op, method)
     if method == "hutchinson" or (method == "xtrace" and budget == 1):
         return "hutchinson"  # which XTrace with one probe is
     if budget >= n and (tolerance is None or n <= SMALL):
@@ -189,7 +201,13 @@ def choose(op: LinearOperator, method: str | None, budget: int, tolerance: float
     if method is not None:
         return method
     pick = "xnystrace" if op.psd else "xtrace"
-    kept = 2 * (min(budget, n) // METHODS[pick]) * n * (torch.finfo(op.dtype).bits // 8)
+    kept = (
+        2
+        * (min(budget, n) // METHODS[pick])
+        * n
+        * (torch.finfo(op.dtype).bits // 8)
+        / (holders or op.holders)
+    )
     return pick if kept <= KEPT_BYTES and budget >= 8 else "hutchinson"
 
 
