@@ -323,7 +323,6 @@ class MFAC(LinearOperator):
             IndexError: If an index is out of range.
             TypeError: If indices are not integers.
         """
-        self._require_whole("inverse_submatrix")
         n = self.shape[0]
         first = window_elements.indices(rows, n, self.device)
         second = first if columns is None else window_elements.indices(columns, n, self.device)

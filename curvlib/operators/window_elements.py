@@ -109,19 +109,26 @@ def inverse_submatrix(
     """
     out = torch.zeros((len(rows), len(columns)), dtype=F64, device=window.device)
     same = columns is rows
+
+    def whitened_at(part: int, index: Tensor) -> Tensor:
+        """Columns of ``L^{-1} G``, ``[m, n]``, of which ranks have their own."""
+        own = index if window.spread is None else window.spread.own(index)[1]
+        found = window.columns(own) if kept is None else kept[part][:, own - start].to(F64)
+        if window.spread is not None:
+            every = found.new_zeros((len(found), len(index)))
+            every[:, window.spread.own(index)[0]] = found
+            found = window.spread.sum(every)
+        return system.whiten(part, found) if kept is None else found
+
     start = 0
-    for part, length in enumerate(window.parts):
+    for part, length in enumerate(window.whole_parts):
         stop = start + length
         above = ((rows >= start) & (rows < stop)).nonzero()[:, 0]
         beside = above if same else ((columns >= start) & (columns < stop)).nonzero()[:, 0]
         if len(above) and len(beside):
             first, second = rows[above], columns[beside]
-            if kept is None:
-                left = system.whiten(part, window.columns(first))
-                right = left if same else system.whiten(part, window.columns(second))
-            else:
-                left = kept[part][:, first - start].to(F64)
-                right = left if same else kept[part][:, second - start].to(F64)
+            left = whitened_at(part, first)
+            right = left if same else whitened_at(part, second)
             unit = (first[:, None] == second).to(F64)
             out[above[:, None], beside] = (unit - left.mT @ right) / float(system.damping[part])
         start = stop
