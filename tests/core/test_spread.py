@@ -13,6 +13,7 @@ from curvlib.core.group import Group
 from curvlib.core.slices import Slices
 from curvlib.core.spread import Spread
 from curvlib.core.spread_files import put_together, taken_apart
+from curvlib.estimators.hutchpp import HutchppState
 from curvlib.estimators.krylov_state import KrylovState
 from curvlib.estimators.probes import LAWS, fill_normal, fill_probes
 from curvlib.estimators.solve_state import SolveState
@@ -84,3 +85,25 @@ def test_states_are_taken_apart_and_put_together() -> None:
     assert back.x is state.x
     assert back.work.keys() == work.keys()
     assert KrylovState.SPREAD == ("rows",)
+
+
+def test_blocks_of_states_keep_their_order() -> None:
+    blocks = tuple(torch.full((1, 3), float(i)) for i in range(11))
+    state = HutchppState(blocks, 1.0, torch.zeros(2), 22, torch.zeros(1))
+    small, rows = taken_apart(state)
+    assert small["basis"] == ()
+    assert len(rows) == 11
+    back = HutchppState(**put_together(small, dict(sorted(rows.items()))))
+    assert all(a is b for a, b in zip(back.basis, blocks, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_own_rows_of_some_entries(size: int) -> None:
+    index = torch.randperm(spreads(1)[0].size, generator=torch.Generator().manual_seed(0))[:60]
+    whole = torch.arange(spreads(1)[0].size)
+    found = torch.full((60,), -1)
+    for spread in spreads(size):
+        here, rows = spread.own(index)
+        assert bool((found[here] == -1).all())  # on one rank each
+        found[here] = spread.scatter(whole)[rows]
+    assert torch.equal(found, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 import curvlib as cl
 from curvlib.core import spread
-from curvlib.core.group import Group
+from curvlib.core.group import Group, group_of
+from curvlib.core.operator import as_operator
 from curvlib.core.shards import part_of
+from curvlib.estimators.rows import extend, qr
 from curvlib.influence.influence import Influence
 from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy
@@ -85,6 +88,7 @@ def products(rank: int, size: int) -> dict[str, torch.Tensor]:
         "ggn": whole(cl.ggn(risk) @ V),
         "type2": whole(cl.fisher(risk, kind="type2") @ V),
         "empirical": whole(cl.fisher(risk, kind="empirical") @ V),
+        "mc": whole(cl.fisher(risk, kind="mc", samples=2, seed=3) @ V),
         "sum": whole(cl.hessian(total) @ V),
         "some": some.space.gather(cl.hessian(some) @ columns(some)),
         "combined": whole((H + 0.5 * cl.ggn(risk).shift(0.1)) @ V),
@@ -144,6 +148,107 @@ def _estimates(rank: int, size: int) -> dict[str, torch.Tensor]:
     }
 
 
+def sketches(rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Estimates that orthonormalize blocks of vectors, some of more than the operator's rank."""
+    model = net() if size == 1 else sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    H, G, whole = cl.hessian(risk), cl.ggn(risk), risk.space.gather
+    found: dict[str, torch.Tensor] = {}
+    traces = {
+        "xtrace": cl.trace(H, method="xtrace", probes=5, block=2),
+        "signs": cl.trace(H, method="xtrace", probes=5, law="rademacher"),
+        "xnystrace": cl.trace(G, method="xnystrace", probes=6),
+        "hutch++": cl.trace(H, method="hutch++", max_products=12, block=2),
+        "beyond": cl.trace(G, method="xtrace", probes=20, block=20),
+        "exact": cl.trace(H, block=64),
+        "zero": cl.trace(0.0 * G, method="xnystrace", probes=3),
+    }
+    for name, trace in traces.items():
+        found[name] = torch.tensor([trace.value, trace.stderr, trace.low])
+    norms = {
+        "frobenius": cl.frobenius_norm(H, probes=5),
+        "plain frobenius": cl.frobenius_norm(H, method="hutchinson", probes=3),
+        "exact frobenius": cl.frobenius_norm(G, block=64),
+    }
+    found |= {name: torch.tensor([norm.value, norm.stderr]) for name, norm in norms.items()}
+    chosen = {"odd": slice(1, None, 2), "last": [-1], "bias": "*.bias"}
+    entries = {
+        "xdiag": cl.diagonal(H, method="xdiag", probes=5, block=2, blocks=chosen),
+        "xnysdiag": cl.diagonal(G, method="xnysdiag", probes=6, blocks=chosen),
+        "hutchinson": cl.diagonal(H, method="hutchinson", probes=4, blocks=chosen),
+        "gaussian": cl.diagonal(H, law="gaussian", probes=4, blocks=chosen),
+        "every": cl.diagonal(H, blocks=chosen, block=64),
+    }
+    for name, diagonal in entries.items():
+        found |= {name: whole(diagonal.value), name + " error": whole(diagonal.stderr)}
+        for kind in ("layers", "channels", "blocks"):
+            means = diagonal.block_means(kind)
+            found[f"{name} {kind}"] = torch.stack([means.value, means.stderr])
+    both = cl.estimate(H, ["trace", "diagonal", "frobenius", "layers"], probes=4)
+    found["layers"] = torch.tensor(list(both.layers.values()))
+    found["joint"] = torch.tensor([both.trace, both.frobenius])
+    return found
+
+
+def solvers(rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Low-rank approximations, preconditioned solves, functions, parts of operators."""
+    with warnings.catch_warnings():  # budgets are short
+        warnings.filterwarnings("ignore", message=".*did not converge")
+        return _solvers(rank, size)
+
+
+def _solvers(rank: int, size: int) -> dict[str, torch.Tensor]:
+    model = net() if size == 1 else sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    H, G, space = cl.hessian(risk), cl.ggn(risk), risk.space
+    whole, b = space.gather, risk.gradient()
+    fixed = cl.low_rank(G, 5, oversampling=2, probes=2)
+    ritz = cl.low_rank(H, 4, method="eigh", oversampling=2, probes=2)
+    grown = cl.low_rank(G, tolerance=0.4, probes=2, block=6)
+    used = cl.low_rank(G, 20, power=0, oversampling=0, probes=0)  # more than its rank
+    near = used.operator_in(space)
+    near_solve = near.shift(0.5).solve(b, damping=0.1)
+    quick = cl.solve(G, b, damping=0.1, preconditioner=6, tolerance=1e-3)
+    given = cl.solve(G, b, damping=0.1, preconditioner=near, tolerance=1e-3)
+    inverse = cl.inverse(G, damping=0.5, preconditioner=6, tolerance=1e-2)
+    logdet = cl.logdet(G, 0.5, steps=3, probes=2)
+    scales = cl.Diagonal(b.abs() + 0.1, spread=space.spread)
+    norms = [cl.spectral_norm(op, max_products=8).value for op in (H, H @ scales)]
+    angle = cl.cosine_similarity(H, G, max_products=16)
+    sharp = cl.directional_sharpness(H, torch.stack([b, b.abs()], 1), b)
+    block = (H @ H).blocks()["0"]
+    if size > 1:
+        assert block.spread is not None
+        assert block.spread == H.blocks()["0"].spread
+    some = H.submatrix([40, 2, 17], slice(3, 30, 4))
+    named = H.submatrix("3.*")
+    return {
+        "fixed": whole(fixed.vectors).square(),
+        "values": torch.cat([fixed.values, ritz.values, grown.values]),
+        "errors": torch.tensor([found.squared_error for found in (fixed, ritz, grown)]),
+        "near": near.to_dense(),
+        "near solve": whole(near_solve),
+        "near numbers": torch.tensor([near.trace(), near.logdet(0.1)]),
+        "near diagonal": whole((near.power(2.0) + near).matmat(b[:, None])[:, 0] + near.diagonal()),
+        "quick": whole(quick.value),
+        "given": whole(given.value),
+        "iterations": torch.cat([quick.iterations, given.iterations]),
+        "inverse": whole(inverse @ b),
+        "logdet": torch.tensor([logdet.value, logdet.stderr]),
+        "scales": scales.power(0.5).inverse(0.1).shift(1.0).to_dense(),
+        "scales' numbers": torch.tensor([scales.trace(), scales.logdet(0.1)]),
+        "norms": torch.tensor(norms),
+        "angle": torch.tensor([angle.value, angle.stderr]),
+        "sharpness": torch.cat([sharp.value, sharp.slope, sharp.change(0.1)]),
+        "block": block.to_dense(),
+        "submatrix": some.to_dense(),
+        "transposed": some.T.to_dense(),
+        "named": named.to_dense(),
+        "whole": H.whole() @ whole(b),
+        "scipy": torch.from_numpy(cl.to_scipy(H) @ whole(b).numpy()),
+    }
+
+
 def windows(rank: int, size: int) -> dict[str, Any]:
     """M-FAC with rows that lie like the parameters, and how many numbers were summed."""
     model = net() if size == 1 else sharded_net()
@@ -176,7 +281,10 @@ def windows(rank: int, size: int) -> dict[str, Any]:
             name + " diagonal": space.gather(F.diagonal()),
             name + " numbers": torch.tensor([F.trace(), F.logdet(), F.quadratic_row()]),
             name + " eigenvalues": F.eigenvalues(),
+            name + " elements": F.inverse_submatrix([50, 3, 17], [3, 4]),
         }
+        F.precompute()
+        found[name + " kept"] = F.inverse_submatrix([50, 3, 17], [3, 4])
         bad = own[1].clone()
         if rank == size - 1:
             bad[0] = float("nan")
@@ -236,6 +344,17 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         other.register_buffer("scale", distribute_tensor(torch.ones(4), mesh(), [Shard(0)]))
         return cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
 
+    def headed(other: nn.Module) -> Any:
+        loss = cl.LinearCrossEntropy(other[3])
+        return cl.Risk(other, loss, few(rank, size), forward=lambda m, b: m[2](m[1](m[0](b[0]))))
+
+    def hybrid() -> Any:
+        """HSDP: replicated along one axis of the mesh, sharded along the other."""
+        other = net()
+        places = DeviceMesh("cpu", [[0, 1]], mesh_dim_names=("replicas", "shards"))
+        fully_shard(other, mesh=places)
+        return cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
+
     def tensor_parallel() -> Any:
         other = parallelize_module(net(), mesh(), {"0": ColwiseParallel()})
         return cl.Risk(other, nn.CrossEntropyLoss(), few(rank, size))
@@ -266,20 +385,25 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         return cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size), forward=forward)
 
     cases: dict[str, Callable[[], Any]] = {
-        "xtrace": lambda: cl.trace(H, method="xtrace"),
-        "xdiag": lambda: cl.diagonal(H, method="xdiag"),
-        "blocks": lambda: cl.diagonal(H, blocks={"a": [0]}),
-        "logdet": lambda: cl.logdet(H, damping=1.0),
-        "to_dense": H.to_dense,
-        "submatrix": lambda: H.submatrix([0]),
-        "to_scipy": lambda: cl.to_scipy(H),
-        "preconditioner": lambda: cl.solve(H, b, preconditioner=3),
+        "whole": lambda: as_operator(H),
+        "preconditioner": lambda: cl.solve(H, b, preconditioner=cl.Diagonal(b + 1.0)),
         "combined": lambda: H + cl.hessian(plain),
+        "angle": lambda: cl.cosine_similarity(H, cl.hessian(plain)),
+        "low rank": lambda: cl.low_rank(H, 1, oversampling=0, probes=0).operator,
+        "own rows": lambda: cl.Diagonal(b[1:], spread=risk.space.spread),
+        "own numbers": lambda: cl.Diagonal(b / (b + float(rank)), spread=risk.space.spread),
+        "singular": lambda: cl.Diagonal(b + float(rank), spread=risk.space.spread).solve(b),
+        "not positive": lambda: cl.Diagonal(b - float(rank), spread=risk.space.spread).logdet(0.5),
+        "no power": lambda: cl.Diagonal(b - float(rank), spread=risk.space.spread).power(0.5),
+        "trained through": lambda: cl.diagonal(H, differentiable=True, probes=2),
+        "compiled hessian": lambda: cl.hessian(risk, compile=True),
+        "compiled ggn": lambda: cl.ggn(risk, compile=True),
+        "head": lambda: headed(model),
+        "hybrid": hybrid,
         "differentiable": lambda: cl.trace(H, probes=2) and H.differentiable_matmat(b[:, None]),
         "gather": lambda: risk.space.gather(b[1:]),
         "scatter": lambda: risk.space.scatter(b),
         "kfac": lambda: cl.kfac(risk),
-        "mc": lambda: cl.fisher(risk, kind="mc"),
         "gradients": lambda: list(cl.gradients(risk)),
         "accuracy": lambda: accuracy(risk),
         "jacobian": lambda: cl.jacobian(risk) @ b,
@@ -290,7 +414,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "parts": lambda: cl.mfac_window(risk.space, 2, parts="layer"),
         "block_size": lambda: cl.mfac(b[None], space=risk.space, block_size=2),
         "window of a space": lambda: MFAC(Window(risk.space.size, 2), space=risk.space),
-        "element": lambda: window.inverse_element(0, 1),
         "window's file": lambda: window.window.save("window.safetensors"),
         "newton": lambda: NewtonCG(risk),
         "optimizer": lambda: AdaHessian(model.parameters()),
@@ -317,6 +440,72 @@ def _said(call: Callable[[], Any]) -> str:
         return f"nothing: {call()!r}"
     except Exception as error:  # noqa: BLE001 (what it says is looked at)
         return f"{type(error).__name__}: {error}"
+
+
+class _Breaks(torch.autograd.Function):
+    """Fails in a derivative of some order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: int) -> torch.Tensor:
+        ctx.order = order
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        if ctx.order == 1:
+            raise RuntimeError("no derivative here")
+        return _Breaks.apply(g, ctx.order - 1), None
+
+
+def told(rank: int, size: int) -> dict[str, Any]:
+    """What ranks say of failures of the last one alone, or of all, within passes."""
+    model, last = sharded_net(), rank == size - 1
+    right = cl.Risk(model, nn.CrossEntropyLoss(), uneven(rank, size))
+    expected, V = right.value(), columns(right)
+
+    def failing(m: nn.Module, batch: Any) -> torch.Tensor:
+        hidden = m[0](batch[0])
+        if last:
+            raise LookupError("no such word")
+        return m[3](m[2](m[1](hidden)))
+
+    def everywhere(m: nn.Module, batch: Any) -> torch.Tensor:
+        raise LookupError(f"no such word on rank {rank}")
+
+    def breaking(order: int) -> cl.Risk:
+        def forward(m: nn.Module, batch: Any) -> torch.Tensor:
+            hidden = m[1](m[0](batch[0]))
+            return m[3](m[2](_Breaks.apply(hidden, order) if last else hidden))
+
+        return risk_of(forward)
+
+    def risk_of(forward: Any = None, **settings: Any) -> cl.Risk:
+        data = uneven(rank, size)
+        return cl.Risk(model, nn.CrossEntropyLoss(), data, forward=forward, **settings)
+
+    def weight(batch: Any) -> float:
+        return -1.0 if last else 1.0
+
+    other = sharded_net()
+    replaced = cl.Risk(other, nn.CrossEntropyLoss(), uneven(rank, size))
+    if last:
+        other[3].bias = nn.Parameter(other[3].bias.detach().clone())
+    cases: dict[str, Callable[[], Any]] = {
+        "forward": lambda: cl.hessian(risk_of(failing)) @ V,
+        "value": risk_of(failing).value,
+        "backward": lambda: cl.ggn(breaking(1)) @ V,
+        "second derivative": lambda: cl.hessian(breaking(2)) @ V,
+        "weight": risk_of(weight=weight).value,
+        "everywhere": risk_of(everywhere).gradient,
+        "replaced": replaced.value,
+    }
+    found: dict[str, Any] = {}
+    for name, call in cases.items():
+        start = time.monotonic()
+        found[name] = _said(call)
+        found[name + " seconds"] = time.monotonic() - start
+        assert torch.equal(right.value(), expected)  # the group goes on
+    return found
 
 
 class Again:
@@ -516,7 +705,85 @@ def _stopping(product: Any, after: int) -> Any:
     return stopped
 
 
+def interrupted(rank: int, size: int, folder: str, fail: bool) -> dict[str, Any]:
+    """Estimates that save nothing by the clock, and products of those that go on from an error."""
+    model = net() if size == 1 else sharded_net()
+    risk = cl.Risk(model, nn.CrossEntropyLoss(), few(rank, size))
+    H, G = cl.hessian(risk), cl.ggn(risk)
+    settings: dict[str, Any] = {"save_every": 1e6, "block": 2}
+    calls: dict[str, Callable[[str], Any]] = {
+        "xtrace": lambda p: cl.trace(H, method="xtrace", probes=5, checkpoint=p, **settings),
+        "xdiag": lambda p: cl.diagonal(H, method="xdiag", probes=5, checkpoint=p, **settings),
+        "low rank": lambda p: cl.low_rank(G, 4, oversampling=1, probes=2, checkpoint=p, **settings),
+        "grown": lambda p: cl.low_rank(G, 5, tolerance=0.1, probes=2, checkpoint=p, **settings),
+        "solve": lambda p: cl.solve(
+            G, columns(risk, 1)[:, 0], damping=0.1, preconditioner=3, checkpoint=p, save_every=1e6
+        ),
+    }
+    found: dict[str, Any] = {}
+    for name, call in calls.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a tolerance that is not met
+            op = H if name.startswith("x") else G
+            product, made = op._product, [0]
+            op._product = _counting(product, made, 3 if fail else 1000)
+            with suppress(InterruptedError):
+                answer = call(f"{folder}/{name}")
+                value = answer.values if name in ("low rank", "grown") else answer.value
+                whole = name in ("xdiag", "solve")
+                found[name] = risk.space.gather(value) if whole else torch.as_tensor(value)
+            op._product = product
+            found[name + " products"] = made[0]
+    return found
+
+
+def factors(rank: int, size: int) -> dict[str, Any]:
+    """QR of blocks of vectors of which a rank has fewer entries than there are vectors."""
+    group = group_of()
+    where = spread.Spread((spread.Slices((4, 3), 0), spread.Slices((7,), 0)), group)
+    g = torch.Generator().manual_seed(0)
+    full = torch.randn(6, 19, generator=g, dtype=F64)
+    low = torch.randn(6, 2, generator=g, dtype=F64) @ torch.randn(2, 19, generator=g, dtype=F64)
+    graded = full * torch.logspace(0, -14, 6, dtype=F64)[:, None] + full[:1]
+    found: dict[str, Any] = {}
+    for name, rows in {"full": full, "low rank": low, "graded": graded, "zero": 0 * full}.items():
+        Q, R = qr(where.scatter(rows.mT).mT, where)
+        found[name] = (rows, where.gather(Q.mT).mT, R)
+        more, C, R = extend((Q[:2],), where.scatter(rows.mT).mT, spread=where)
+        found["more than " + name] = (rows - C.mT @ found[name][1][:2], where.gather(more.mT).mT, R)
+    return found
+
+
+def sums(rank: int, size: int) -> dict[str, list[int]]:
+    """How many numbers sketches of a diagonal operator sum over ranks."""
+    group = group_of()
+    assert group is not None
+    where = spread.Spread((spread.Slices((60, 5), 0), spread.Slices((60,), 0)), group)
+    values = where.scatter(0.9 ** torch.arange(360, dtype=F64))
+    op = cl.Diagonal(values, spread=where)
+    found: dict[str, list[int]] = {}
+    for method in ("xtrace", "xnystrace", "hutch++", "hutchinson"):
+        with counted(found.setdefault(method, [])):
+            cl.trace(op, method=method, max_products=60)
+    for method in ("xdiag", "xnysdiag"):
+        with counted(found.setdefault(method, [])):
+            cl.diagonal(op, method=method, max_products=60)
+    return found
+
+
+def _counting(product: Any, made: list[int], most: int) -> Any:
+    def counted_product(block: torch.Tensor) -> torch.Tensor:
+        if made[0] == most:
+            raise InterruptedError
+        made[0] += 1
+        out: torch.Tensor = product(block)
+        return out
+
+    return counted_product
+
+
 AWKWARD = (
+    "GroupNorm",
     "encoder train",
     "sdpa",
     "embedding",

@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import curvlib as cl
+from curvlib.core.plan import Ranks
+from curvlib.core.product_cost import ProductCost
+from curvlib.estimators.plan import diagonal_phase, trace_phase
+from curvlib.estimators.trace import METHODS
 from tests.distributed import sharded_work as work
 from tests.problems import error
 from tests.ranks import Pool, on_ranks
@@ -33,6 +38,38 @@ def test_estimates_are_those_of_one_process(size: int) -> None:
         assert error(found[0][name].double(), value.double()) < 1e-6, name
         for other in found[1:]:
             assert torch.equal(other[name], found[0][name]), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("what", ["sketches", "solvers"])
+def test_sketches_are_those_of_one_process(what: str, size: int) -> None:
+    expected = getattr(work, what)(0, 1)
+    found = on_ranks(WORK + what, size)
+    for name, value in expected.items():
+        assert error(found[0][name].double(), value.double()) < 1e-10, name
+        for other in found[1:]:
+            assert torch.equal(other[name], found[0][name]), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_factors_of_spread_blocks(size: int) -> None:
+    ranks = on_ranks(WORK + "factors", size)
+    for name, (rows, Q, R) in ranks[0].items():
+        assert float((Q @ Q.mT - torch.eye(6)).abs().max()) < 1e-14, name
+        assert error(R.mT @ Q, rows) < 1e-14 or float((R.mT @ Q - rows).abs().max()) < 1e-14, name
+        assert torch.equal(R, R.triu())
+        assert all(torch.equal(other[name][1], Q) for other in ranks[1:])
+
+
+def test_sums_over_ranks_are_as_planned() -> None:
+    found = on_ranks(WORK + "sums", 2)[0]
+    none = ProductCost(360, 2880, 2880, 2880, 1, 1, *9 * [0.0], gathers=(0.0, 0.0), moves=0.0)
+    ranks = Ranks(2, sharded=True)
+    op = cl.Diagonal(torch.ones(360, dtype=torch.float64))
+    for method, numbers in found.items():
+        phase = trace_phase if method in METHODS else diagonal_phase
+        planned = phase(op, none, ranks, method=method, products=60).traffic
+        assert 0.7 < planned / (8 * sum(numbers)) < 1.4, (method, planned / 8, sum(numbers))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -80,20 +117,25 @@ def test_no_rank_holds_a_whole_vector_and_the_model_is_left_as_found() -> None:
 
 
 REFUSED = {
-    "xtrace": "ValueError: method 'xtrace' needs whole vectors",
-    "xdiag": "use method='hutchinson'",
-    "blocks": "take means of space.gather(.value)",
-    "logdet": "ValueError: this function needs whole vectors",
-    "to_dense": "multiply by op @ space.scatter(v)",
-    "submatrix": "submatrix needs whole vectors",
-    "to_scipy": "this function needs whole vectors",
-    "preconditioner": "leave preconditioner= out",
+    "whole": "this function needs whole vectors",
+    "preconditioner": "one that is made with spread=op.spread",
     "combined": "spread over processes differently with '+'",
+    "angle": "expected operators whose vectors are on the same processes",
+    "low rank": "are spread over 2 processes, of which each knows its rows only",
+    "own rows": "rows of values, got [",
+    "own numbers": "of 53 entries of values are NaN or infinite",
+    "singular": "is singular: ",
+    "not positive": "the least is -0.5; pass damping > 1",
+    "no power": "eigenvalues are negative, the least is -1;",
+    "trained through": "TypeError: products of <Hessian",
+    "compiled hessian": "compile= needs them whole",
+    "compiled ggn": "compile= needs them whole",
+    "head": "a loss that owns the head of the model needs them whole",
+    "hybrid": "lies on a mesh of 2 dimensions (1, 2); shard over all ranks along one (no HSDP",
     "differentiable": "TypeError: products of <Hessian",
     "gather": "expected this rank's rows",
     "scatter": "expected a whole vector [53]",
     "kfac": "curvlib.kfac needs them whole",
-    "mc": "the Monte-Carlo Fisher needs them whole",
     "gradients": "this function needs them whole",
     "accuracy": "this function needs them whole",
     "jacobian": "this function needs them whole",
@@ -104,7 +146,6 @@ REFUSED = {
     "parts": "has one part, of this process's",
     "block_size": "leave block_size= out",
     "window of a space": "make the window with curvlib.mfac_window",
-    "element": "inverse_submatrix needs whole vectors",
     "window's file": "save each process's state_dict() to a file of its own",
     "newton": "NewtonCG needs them whole",
     "optimizer": "parameter 0 of the group is a DTensor",
@@ -127,7 +168,8 @@ REFUSED = {
 
 def test_what_is_not_followed_is_refused_on_all_ranks() -> None:
     plain = {"differentiable", "gather", "scatter", "replaced", "once", "not finite", "broken data"}
-    plain |= {"value not finite"}
+    plain |= {"value not finite", "preconditioner", "angle", "low rank", "own rows", "own numbers"}
+    plain |= {"singular", "not positive", "no power", "trained through"}
     for found in on_ranks(WORK + "refusals", 2):
         assert found.keys() == REFUSED.keys()
         for name, text in REFUSED.items():
@@ -152,17 +194,56 @@ def test_runs_go_on_with_another_number_of_ranks(tmp_path: Path) -> None:
         "3 to 1": work.resumed(0, 1, str(folders["three"]), 0),
         "1 to 2": on_ranks(resumed, 2, str(folders["one"]), 0)[0],
         "again": on_ranks(resumed, 2, str(folders["two"]), 0)[1],
+        "3 to 1 again": work.resumed(0, 1, str(folders["two"]), 0, True),
     }
     for which, found in answers.items():
         for name, value in found.items():
             assert error(value, expected[name]) < 1e-6, (which, name)
     assert answers["2 to 3"].keys() == expected.keys()
-    with pytest.raises(ValueError, match="with other settings: blocks was 'none'"):
-        work.resumed(0, 1, str(folders["two"]), 0, True)  # which keeps means over blocks too
     rows = next(p for p in folders["one"].iterdir() if p.name.startswith("pairs."))
     rows.unlink()
     with pytest.raises(ValueError, match="absent or damaged.*all processes have to see one folder"):
         work.resumed(0, 1, str(folders["one"]), 0)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_failure_within_a_pass_is_everybodys_at_once(size: int) -> None:
+    own = {
+        "forward": "LookupError: no such word",
+        "value": "LookupError: no such word",
+        "backward": "RuntimeError: no derivative here",
+        "second derivative": "cannot be differentiated again: no derivative here",
+        "weight": "ValueError: weight= returned -1.0",
+        "everywhere": "LookupError: no such word on rank",
+        "replaced": "RuntimeError: parameter '3.bias' was replaced",
+    }
+    *others, failed = on_ranks(WORK + "told", size)
+    for name, text in own.items():
+        assert text in failed[name], (name, failed[name])
+        for found in others:
+            said = "" if name == "everywhere" else f"rank {size - 1} of {size} failed in a pass"
+            assert said in found[name], (name, found[name])
+            assert text.split(": ")[-1] in found[name], (name, found[name])
+            assert found[name + " seconds"] < 30.0, name
+
+
+def test_runs_that_fail_go_on_from_the_last_step(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "ranks"
+    whole.mkdir()
+    folder.mkdir()
+    expected = work.interrupted(0, 1, str(whole), False)
+    on_ranks(WORK + "interrupted", 2, str(folder), True)
+    assert (folder / "xtrace.stopped").is_file()
+    torn = next(folder.glob("xdiag.*-1of2"))
+    torn.unlink()  # this run begins anew
+    found = on_ranks(WORK + "interrupted", 3, str(folder), False)[0]
+    for name, value in expected.items():
+        if "products" in name:
+            again = 0 if name.startswith("xdiag") else 2 if "x" in name else 3
+            assert found[name] == value - again, (name, found[name], value)
+        else:
+            assert error(found[name], value) < 1e-9, name
+    assert not list(folder.glob("*.stopped"))
 
 
 def test_a_rank_that_is_gone_ends_the_others() -> None:

@@ -278,5 +278,5 @@ def test_nystrom_of_the_zero_operator() -> None:
     op = LinearOperator(torch.zeros_like, (6, 6), dtype=F64, psd=True)
     found = low_rank(op, 2)
     assert torch.equal(found.values, torch.zeros(2, dtype=F64))
-    omega = sketch.random_rows(3, torch.empty(6, dtype=F64), torch.Generator().manual_seed(0))
+    omega = sketch.random_rows(op, 3, torch.Generator().manual_seed(0))
     assert torch.allclose(omega @ omega.T, torch.eye(3, dtype=F64), atol=1e-14)
