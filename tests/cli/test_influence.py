@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +15,8 @@ from curvlib.influence.influence import Influence
 from curvlib.influence.page import Contents
 from curvlib.influence.result import TopInfluence
 from curvlib.report.influence import own_contents
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 TARGET = """
 import os, time
 import torch
@@ -213,14 +209,8 @@ def test_the_demo_explains_misread_digits(place):
 
 # ------------------------------------------------------------------------- going on
 def start(place, *arguments, nap="0"):
-    return subprocess.Popen(
-        [sys.executable, "-m", "curvlib", "influence", *FAST, "--save-every", "0.001", *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["-m", "curvlib", "influence", *FAST, "--save-every", "0.001", *arguments]
+    return Program(*words, cwd=place, NAP=nap)
 
 
 @pytest.mark.slow
@@ -228,16 +218,10 @@ def start(place, *arguments, nap="0"):
 def test_stopped_and_resumed(place, capsys, stage, stop):
     assert influence(*FAST, "--out", "undisturbed") == 0
     process = start(place, "--out", stage, nap="0.1")
-    checkpoint = place / stage / "checkpoints" / f"{stage}.safetensors"
-    end = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    process.send_signal(stop)
-    _, error = process.communicate(timeout=120)
+    process.until((place / stage / "checkpoints" / f"{stage}.safetensors").exists)
+    code, _, error = process.stop(stop)
     if stop == signal.SIGINT:
-        assert process.returncode == 130
+        assert code == 130
         assert re.search("go on with: curvlib influence mine.py:risk .* --resume", error)
     assert not (place / stage / "influence.json").exists()
     assert influence(*FAST, "--out", stage) == 2

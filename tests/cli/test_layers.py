@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,8 @@ from torch import nn
 import curvlib as cl
 from curvlib.cli import main
 from curvlib.core.result import Result
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = ("trace", "diagonal")
 TARGET = """
 import os, time
@@ -270,19 +266,8 @@ def test_an_unfinished_run_is_not_overwritten(place, capsys, command):
 def start(place, command, *arguments, nap="0"):
     settings = ["--products", "24", "--no-check", "--save-every", "0.01"]
     settings += ["--method", "xdiag"] if command == "diagonal" else ["--method", "hutchinson"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "curvlib", command, "mine.py:slow", *settings, *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, error = process.communicate(timeout=60)
-    return process.returncode, out, error
+    words = ["-m", "curvlib", command, "mine.py:slow", *settings, *arguments]
+    return Program(*words, cwd=place, NAP=nap)
 
 
 def measured(folder, command):
@@ -295,26 +280,21 @@ def measured(folder, command):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed_stopped_and_resumed(place, command):
-    code, _, error = finish(start(place, command, "--out", "undisturbed"))
+    code, _, error = start(place, command, "--out", "undisturbed").finish()
     assert code == 0, error
     assert error == ""  # no bar where there is no terminal
     for stop in (signal.SIGKILL, signal.SIGINT):
         out = stop.name
         checkpoint = place / out / "checkpoints" / f"{command}.safetensors"
         process = start(place, command, "--out", out, nap="0.1")
-        end = time.monotonic() + 60
-        while not checkpoint.exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end, f"{checkpoint} was not written"
-            time.sleep(0.005)
-        process.send_signal(stop)
-        code, _, error = finish(process)
+        process.until(checkpoint.exists)
+        code, _, error = process.stop(stop)
         assert code == (130 if stop == signal.SIGINT else -signal.SIGKILL)
         if stop == signal.SIGINT:
             assert f"stopped: by Ctrl-C; go on with: curvlib {command} mine.py:slow" in error
             assert error.rstrip().endswith("--resume")
         assert not (place / out / f"{command}.json").exists()
-        code, _, error = finish(start(place, command, "--out", out, "--resume"))
+        code, _, error = start(place, command, "--out", out, "--resume").finish()
         assert code == 0, error
         assert measured(place / out, command) == measured(place / "undisturbed", command)
         assert numbers(place / out, command)["resumed"]

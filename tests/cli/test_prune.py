@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +17,8 @@ from curvlib.cli import main
 from curvlib.core.space import ParamSpace
 from curvlib.pruning import Comparison
 from curvlib.pruning.patterns import check_pattern
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 TARGET = """
 import os, time
 import torch
@@ -216,23 +212,10 @@ LONG += ["--save-every", "0.001", "--no-check"]
 
 def stopped(place, stage):
     """What a run says that is stopped by Ctrl-C once there is a checkpoint of a stage."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "curvlib", "prune", *LONG, "--out", stage],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NAP": "0.02", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    checkpoint = place / stage / "checkpoints" / f"{stage}.safetensors"
-    end = time.monotonic() + 60.0
-    while not checkpoint.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process = Program("-m", "curvlib", "prune", *LONG, "--out", stage, cwd=place, NAP="0.02")
+    process.until((place / stage / "checkpoints" / f"{stage}.safetensors").exists)
+    code, _, error = process.stop(signal.SIGINT)
+    assert code == 130
     return error.rstrip()
 
 

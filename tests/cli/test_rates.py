@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +12,8 @@ import torch
 from curvlib.cli import main
 from curvlib.rates.learning_rate import max_learning_rate
 from curvlib.rates.measured_edges import measured_edges
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 TARGET = """
 import os, time
 import torch
@@ -189,37 +184,24 @@ def test_options_that_are_none(place, capsys, arguments, message):
 
 def start(place, *arguments, nap="0"):
     options = ["--batch-sizes", "4,24", "--validate", *FAST, "--no-check", "--save-every", "0.01"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "curvlib", "rates", "mine.py:risk", *options, *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["-m", "curvlib", "rates", "mine.py:risk", *options, *arguments]
+    return Program(*words, cwd=place, NAP=nap)
 
 
 @pytest.mark.slow
 def test_stopped_and_resumed(place):
-    whole = start(place, "--out", "undisturbed")
-    assert whole.communicate(timeout=120)[1] == ""
+    assert start(place, "--out", "undisturbed").finish().error == ""
     first = numbers(place / "undisturbed")
     for stop in (signal.SIGKILL, signal.SIGINT):
         folder = place / stop.name
         process = start(place, "--out", stop.name, nap="0.003")
-        end = time.monotonic() + 120
-        while not (folder / "checkpoints" / "edges.safetensors").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.005)
-        process.send_signal(stop)
-        _, error = process.communicate(timeout=120)
+        process.until((folder / "checkpoints" / "edges.safetensors").exists)
+        code, _, error = process.stop(stop)
         if stop == signal.SIGINT:
-            assert process.returncode == 130
+            assert code == 130
             assert "go on with: curvlib rates mine.py:risk" in error
         assert not (folder / "rates.json").exists()
-        again = start(place, "--out", stop.name, "--resume")
-        assert again.communicate(timeout=120)[1] == ""
+        assert start(place, "--out", stop.name, "--resume").finish().error == ""
         second = numbers(folder)
         assert second["resumed"]
         assert second["rates"] == first["rates"]

@@ -12,10 +12,11 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.programs import Program
 
 ROOT = Path(__file__).parents[2]
 TARGET = """
@@ -49,7 +50,7 @@ def other():
     return cl.Risk(risk_.model, torch.nn.L1Loss(), risk_.data)
 """
 SETTINGS = ["--k", "4", "--steps", "20", "--probes", "2", "--no-check", "--save-every", "0.01"]
-LIMIT = 60.0
+LIMIT = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +60,24 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place, *arguments, target="mine.py:risk", nap="0", stderr=subprocess.PIPE):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"}
+def words(*arguments, target="mine.py:risk"):
+    return ["-m", "curvlib", "spectrum", target, *SETTINGS, *arguments]
+
+
+def start(place, *arguments, target="mine.py:risk", nap="0"):
+    return Program(*words(*arguments, target=target), cwd=place, NAP=nap)
+
+
+def interpreter(place, *arguments, nap, stderr):
+    """As :func:`start`, in a process that began with Python itself."""
     return subprocess.Popen(
-        [sys.executable, "-m", "curvlib", "spectrum", target, *SETTINGS, *arguments],
+        [sys.executable, *words(*arguments)],
         cwd=place,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NAP": nap, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
     )
-
-
-def finish(process):
-    out, error = process.communicate(timeout=LIMIT)
-    return process.returncode, out, error
 
 
 def measured(folder):
@@ -85,20 +89,11 @@ def measured(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    code, _, error = finish(start(place, "--out", "undisturbed"))
-    assert code == 0
+    process = interpreter(place, "--out", "undisturbed", nap="0", stderr=subprocess.PIPE)
+    _, error = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
     assert error == ""  # no bar where there is no terminal
     return measured(place / "undisturbed")
-
-
-def stop_when(process, file, stop):
-    end = time.monotonic() + LIMIT
-    while not file.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{file} was not written"
-        time.sleep(0.005)
-    process.send_signal(stop)
-    return finish(process)
 
 
 @pytest.mark.slow
@@ -107,7 +102,9 @@ def stop_when(process, file, stop):
 def test_stopped_and_resumed(place, undisturbed, stage, stop):
     out = f"{stage}-{stop.name}"
     checkpoint = place / out / "checkpoints" / f"{stage}.safetensors"
-    code, _, error = stop_when(start(place, "--out", out, nap="0.02"), checkpoint, stop)
+    process = start(place, "--out", out, nap="0.02")
+    process.until(checkpoint.exists)
+    code, _, error = process.stop(stop)
     if stop == signal.SIGINT:
         assert code == 130
         assert "stopped: by Ctrl-C; go on with: curvlib spectrum mine.py:risk" in error
@@ -117,7 +114,7 @@ def test_stopped_and_resumed(place, undisturbed, stage, stop):
         assert code == -signal.SIGKILL
     assert not (place / out / "spectrum.json").exists()
 
-    code, _, error = finish(start(place, "--out", out, "--resume"))
+    code, _, error = start(place, "--out", out, "--resume").finish()
     assert code == 0, error
     assert measured(place / out) == undisturbed
     assert json.loads((place / out / "spectrum.json").read_text())["resumed"]
@@ -127,15 +124,17 @@ def test_stopped_and_resumed(place, undisturbed, stage, stop):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_problem_is_refused_and_kept(place):
     checkpoint = place / "kept" / "checkpoints" / "eigenpairs.safetensors"
-    stop_when(start(place, "--out", "kept", nap="0.02"), checkpoint, signal.SIGINT)
+    process = start(place, "--out", "kept", nap="0.02")
+    process.until(checkpoint.exists)
+    process.stop(signal.SIGINT)
     before = checkpoint.read_bytes()
     for target, options, message in (
         ("mine.py:other", [], "is of another problem"),
         ("mine.py:risk", ["--seed", "3"], "is of another problem"),
         ("mine.py:risk", ["--k", "5"], "k was 4 and is now 5"),
     ):
-        process = start(place, "--out", "kept", "--resume", *options, target=target)
-        code, _, error = finish(process)
+        again = start(place, "--out", "kept", "--resume", *options, target=target)
+        code, _, error = again.finish()
         assert code == 2
         assert len(error.splitlines()) == 1
         assert message in error
@@ -143,7 +142,7 @@ def test_a_checkpoint_of_another_problem_is_refused_and_kept(place):
 
 
 def test_resume_without_anything_to_resume_is_a_fresh_run(place, undisturbed):
-    code, _, error = finish(start(place, "--out", "fresh", "--resume"))
+    code, _, error = start(place, "--out", "fresh", "--resume").finish()
     assert code == 0, error
     assert measured(place / "fresh") == undisturbed
     assert not json.loads((place / "fresh" / "spectrum.json").read_text())["resumed"]
@@ -152,7 +151,7 @@ def test_resume_without_anything_to_resume_is_a_fresh_run(place, undisturbed):
 def test_a_terminal_sees_progress_with_the_time_left(place):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = start(place, "--out", "terminal", nap="0.01", stderr=theirs)
+    process = interpreter(place, "--out", "terminal", nap="0.01", stderr=theirs)
     os.close(theirs)
     shown = b""
     while True:
@@ -164,6 +163,7 @@ def test_a_terminal_sees_progress_with_the_time_left(place):
             break
         shown += part
     os.close(ours)
-    assert finish(process)[0] == 0
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
     for bar in ("eigenpairs of Hessian", "density of Hessian"):
         assert re.search(rf"{bar}: +\d+%.*\[\d\d:\d\d<\d\d:\d\d", shown.decode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from curvlib.core import files
 from curvlib.core.files import atomic_write, read_record, remove_leftovers, write_record
 from curvlib.core.result import TRANSIENT, Result, axes_or_new
+from tests.programs import Program
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,8 +174,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
         "import os, sys\nfrom curvlib.core.files import atomic_write\n"
         "with atomic_write(sys.argv[1]) as t:\n    t.write_text('half'); os.kill(os.getpid(), 9)\n"
     )
-    code = subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode
-    assert code == -9
+    assert Program("-c", script, path).finish().code == -9
     assert len(list(tmp_path.iterdir())) == 1
     mine = tmp_path / f".f.{files.socket.gethostname()}-{os.getpid()}.tmp"
     mine.write_text("of a living process")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from torch import Tensor
 from curvlib.core import run as run_module
 from curvlib.core.files import read_record
 from curvlib.core.run import run
+from tests.programs import Program
 
 TOTAL = 6
 
@@ -148,16 +147,11 @@ def test_kill_9_at_any_moment_resumes_bitwise(tmp_path: Path) -> None:
     path = tmp_path / "c"
     starts = []
     for _ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, str(script), str(path)], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None
-        starts.append(int(child.stdout.readline()))
+        program = Program(script, path)
+        starts.append(int(program.stdout.readline()))
         for _ in range(10):
-            child.stdout.readline()
-        child.kill()
-        child.wait()
-        child.stdout.close()
+            program.stdout.readline()
+        program.stop(signal.SIGKILL)
     assert starts[0] == 0 < starts[1] < starts[2], "each start continues the one before"
     total = _saved(path) + 10
     assert torch.equal(_walk(path, total=total).position, _walk(total=total).position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.problems import error
-from tests.ranks import ROOT
+from tests.programs import ROOT, Ended, Program
 
 TARGET = """
 import torch
@@ -33,12 +34,12 @@ def missing():
 """
 
 
-def launched(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(folder: Path, *arguments: str) -> Ended:
+    """What two processes of the launcher say together."""
     (folder / "mine.py").write_text(TARGET)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, "-m", "curvlib.cli"] if ranks > 1 else ["-m", "curvlib.cli"]
-    return subprocess.run(
-        [sys.executable, *command, *arguments],
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "curvlib.cli", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
         capture_output=True,
@@ -46,18 +47,34 @@ def launched(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedP
         check=False,
         timeout=170,
     )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def launched(folder: Path, size: int, *arguments: str) -> list[Ended]:
+    """What each of so many processes says, in the environment that a launcher makes."""
+    (folder / "mine.py").write_text(TARGET)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = ["-m", "curvlib.cli", *arguments]
+    programs = [
+        Program(*words, cwd=folder, RANK=str(i), LOCAL_RANK=str(i), MPLBACKEND="Agg", **told)
+        for i in range(size)
+    ]
+    return [program.finish() for program in programs]
 
 
 def test_a_spectrum_on_two_processes_is_that_of_one(tmp_path: Path) -> None:
     settings = ("--k", "3", "--steps", "8", "--seed", "1")
-    one = launched(tmp_path, 1, "spectrum", "mine.py:risk", "--out", "one", *settings)
-    assert one.returncode == 0, one.stderr
-    two = launched(tmp_path, 2, "spectrum", "mine.py:risk", "--out", "two", *settings)
-    assert two.returncode == 0, two.stderr
+    (one,) = launched(tmp_path, 1, "spectrum", "mine.py:risk", "--out", "one", *settings)
+    assert one.code == 0, one.error
+    two = torchrun(tmp_path, "spectrum", "mine.py:risk", "--out", "two", *settings)
+    assert two.code == 0, two.error
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
-    assert two.stdout.count("wrote two/spectrum.json") == 1
-    assert two.stdout.count("mine.py:risk: Risk(") == 1
+    assert two.output.count("wrote two/spectrum.json") == 1
+    assert two.output.count("mine.py:risk: Risk(") == 1
     known = json.loads((tmp_path / "one" / "spectrum.json").read_text())
     found = json.loads((tmp_path / "two" / "spectrum.json").read_text())
     assert found["examples"] == known["examples"] == 21
@@ -71,14 +88,13 @@ def test_a_spectrum_on_two_processes_is_that_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shards_of_the_target_stay_and_errors_name_their_rank(tmp_path: Path) -> None:
-    own = launched(tmp_path, 2, "trace", "mine.py:own_shards", "--out", "own", "--products", "26")
-    assert own.returncode == 0, own.stderr
-    whole = launched(tmp_path, 1, "trace", "mine.py:risk", "--out", "whole", "--products", "26")
-    assert whole.returncode == 0, whole.stderr
+    for size, target, out in ((2, "mine.py:own_shards", "own"), (1, "mine.py:risk", "whole")):
+        for ended in launched(tmp_path, size, "trace", target, "--out", out, "--products", "26"):
+            assert ended.code == 0, ended.error
     totals = [json.loads((tmp_path / f / "trace.json").read_text()) for f in ("own", "whole")]
     assert totals[0]["examples"] == totals[1]["examples"] == 21
     assert abs(totals[0]["trace"] / totals[1]["trace"] - 1.0) < 1e-9
-    bad = launched(tmp_path, 2, "trace", "mine.py:missing")
-    assert bad.returncode != 0
-    assert "(rank 0)" in bad.stderr
-    assert "no_such_module" in bad.stderr
+    for rank, ended in enumerate(launched(tmp_path, 2, "trace", "mine.py:missing")):
+        assert ended.code != 0
+        assert f"(rank {rank})" in ended.error
+        assert "no_such_module" in ended.error

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
+from tests.programs import Program
 
 
 def matrix(values: Tensor, seed: int = 0) -> Tensor:
@@ -117,10 +117,8 @@ def interrupted(
 def killed(expression: str, checkpoint: Path, *, psd: bool) -> Result:
     """``expression`` (of ``op`` and ``path``) after two processes that ran it were killed."""
     script = checkpoint.with_suffix(".py")
-    root = Path(__file__).parents[2]
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(root)!r})\n"
         "import torch\n"
         "from pathlib import Path\n"
         "from curvlib.estimators.diagonal import diagonal\n"
@@ -130,7 +128,6 @@ def killed(expression: str, checkpoint: Path, *, psd: bool) -> Result:
         "from curvlib.estimators.norms import cosine_similarity, spectral_norm\n"
         "from curvlib.estimators.trace import trace\n"
         "from tests.estimators.small import matrix, slow\n"
-        "torch.set_num_threads(1)\n"
         f"op = slow(matrix(0.8 ** torch.arange(90)), psd={psd})\n"
         "path = Path(sys.argv[1])\n"
         "def seen(done, total, note):\n"
@@ -140,25 +137,13 @@ def killed(expression: str, checkpoint: Path, *, psd: bool) -> Result:
     )
     output = checkpoint.with_suffix(".result")
 
-    def start(nap: str, path: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(script), str(path), str(output)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "NAP": nap, "OMP_NUM_THREADS": "1"},
-        )
-
-    child = start("0.2", checkpoint)
-    assert child.stdout is not None
+    program = Program(script, checkpoint, output, NAP="0.2")
     for _ in range(3):
-        first = int(child.stdout.readline())
-    child.kill()
-    child.wait()
-    child.stdout.close()
+        first = int(program.stdout.readline())
+    program.stop(signal.SIGKILL)
     assert checkpoint.exists()
     assert not output.exists()
-    child = start("0", checkpoint)
-    told = child.communicate()[0].split()
-    assert child.returncode == 0
-    assert int(told[0]) >= first, "it continues where the last save was"
+    ended = Program(script, checkpoint, output, NAP="0").finish()
+    assert ended.code == 0, ended.error
+    assert int(ended.output.split()[0]) >= first, "it continues where the last save was"
     return Result.load(output)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from curvlib.estimators.functions import (
 )
 from curvlib.estimators.probes import generator_of, probes
 from tests.estimators.spectra import Counted, half_tiny, matrix, network_like
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 F64 = torch.float64
 N = 24
 #: Spectra, positive semi-definite and indefinite ones.
@@ -481,10 +480,7 @@ def test_stopped_in_every_product(name: str, tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import os, sys
-sys.path[:0] = [{root!r}]
-import torch
-torch.set_num_threads(1)
+import os
 from tests.estimators.spectra import Counted, half_tiny, matrix
 from tests.estimators.test_functions import run_of
 
@@ -506,11 +502,9 @@ run_of({name!r}, counted.op, checkpoint={path!r}, save_every=0.0)
 @pytest.mark.parametrize(("name", "blocks"), [("rounds", 14), ("tolerance", 21)])
 def test_kill_9(name: str, blocks: int, tmp_path: Path) -> None:
     path = tmp_path / "c"
-    script = SCRIPT.format(root=str(ROOT), name=name, blocks=blocks, path=str(path))
-    child = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert child.returncode == -9, child.stderr
+    script = SCRIPT.format(name=name, blocks=blocks, path=str(path))
+    ended = Program("-c", script).finish()
+    assert ended.code == -signal.SIGKILL, ended.error
     counted, straight = (Counted(matrix(half_tiny(90))) for _ in range(2))
     resumed = run_of(name, counted.op, checkpoint=path)
     expected = run_of(name, straight.op)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from curvlib.estimators.density import density
 from curvlib.estimators.eigenpairs import eigenpairs
 from tests.estimators.spectra import Counted, matrix, network_like
+from tests.programs import Program
 
-ROOT = Path(__file__).parents[2]
 FUNCTIONS = {"eigenpairs": eigenpairs, "density": density}
 #: Runs with restarts, a check and measurements; with deflation; of three vectors only.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,10 +69,7 @@ def test_stopped_in_every_product(run: str, tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import os, sys
-sys.path[:0] = [{root!r}]
-import torch
-torch.set_num_threads(1)
+import os
 from tests.estimators.spectra import Counted
 from tests.estimators.test_resume import FUNCTIONS, RUNS, problem
 
@@ -97,11 +93,9 @@ FUNCTIONS[name](counted.op, **options, checkpoint={path!r}, save_every=0.0)
 def test_kill_9(run: str, blocks: int, tmp_path: Path) -> None:
     name, options = RUNS[run]
     path = tmp_path / "c"
-    script = SCRIPT.format(root=str(ROOT), run=run, blocks=blocks, path=str(path))
-    child = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert child.returncode == -9, child.stderr
+    script = SCRIPT.format(run=run, blocks=blocks, path=str(path))
+    ended = Program("-c", script).finish()
+    assert ended.code == -signal.SIGKILL, ended.error
     counted, straight = Counted(problem(run)), Counted(problem(run))
     resumed = FUNCTIONS[name](counted.op, **options, checkpoint=path)
     _assert_bitwise(resumed, FUNCTIONS[name](straight.op, **options))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,9 @@ from curvlib.core.structured import Diagonal
 from curvlib.estimators.inverse import inverse
 from curvlib.estimators.solve import Solution, solve
 from tests.estimators.spectra import Counted, matrix
+from tests.programs import Program
 
 F64 = torch.float64
-ROOT = Path(__file__).parents[2]
 LINEAR = torch.linspace(0.1, 10.0, 80, dtype=F64)
 EXPONENTIAL = torch.logspace(0, -4, 60, dtype=F64)
 
@@ -156,7 +152,6 @@ from curvlib.estimators.solve import solve
 from tests.estimators.spectra import matrix
 
 path, method, nap = sys.argv[1], sys.argv[2], float(sys.argv[3])
-torch.set_num_threads(1)
 A = matrix(torch.logspace(0, -3, 40, dtype=torch.float64))
 
 def product(V):
@@ -174,26 +169,21 @@ found.save(path + ".result")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["cg", "minres"])
 def test_killed_and_resumed(method: str, tmp_path: Path) -> None:
-    def start(name: str, nap: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", KILLED, str(tmp_path / name), method, nap]
-        return subprocess.Popen(command, cwd=ROOT, env=environment)
+    def start(name: str, nap: str) -> Program:
+        return Program("-c", KILLED, tmp_path / name, method, nap)
 
-    assert start("whole", "0").wait(60) == 0
-    for kills in range(3):
+    def saved() -> int:
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    path = tmp_path / "killed"
+    assert start("whole", "0").finish().code == 0
+    for _ in range(3):
+        before = saved()
         process = start("killed", "0.01")
-        end = time.monotonic() + 60
-        before = (tmp_path / "killed").stat().st_mtime_ns if kills else 0
-        while not (tmp_path / "killed").exists() or (
-            (tmp_path / "killed").stat().st_mtime_ns == before
-        ):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait(60) == -signal.SIGKILL
+        process.until(lambda before=before: saved() > before)
+        assert process.stop(signal.SIGKILL).code == -signal.SIGKILL
     assert not (tmp_path / "killed.result").exists()
-    assert start("killed", "0").wait(60) == 0
+    assert start("killed", "0").finish().code == 0
     assert (tmp_path / "killed.result").read_bytes() == (tmp_path / "whole.result").read_bytes()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from curvlib.influence.lds import LDS, linear_datamodeling_score
 from curvlib.influence.mislabel import MislabelDetection, mislabel_detection
 from curvlib.influence.ranks import rank_correlation
 from curvlib.influence.removal import RemovalCurve, removal_curve
+from tests.programs import Program
 
 F64 = torch.float64
 N, Q = 20, 6
@@ -88,8 +87,7 @@ def test_reliability_tells_noise_from_signal() -> None:
 def test_the_bank_survives_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
     code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+import os, signal
 from tests.influence.test_evaluation import N, noisy, retraining_bank
 calls = 0
 def dying(keep, seeds):
@@ -100,8 +98,8 @@ def dying(keep, seeds):
     return noisy(keep, seeds)
 retraining_bank(dying, N, masks=6, repeats=2, checkpoint={str(path)!r}, save_every=0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    ended = Program("-c", code).finish()
+    assert ended.code == -signal.SIGKILL, ended.error
     calls = []
 
     def counting(keep: Tensor, seeds: Sequence[int]) -> Tensor:

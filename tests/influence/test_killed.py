@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.programs import Program
 
 PROBLEM = """
 import sys, time
@@ -57,18 +52,9 @@ NAP = 0.05
 
 def killed(call, path, there):
     """Starts a program, and kills it as soon as something is there."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROBLEM + RUN.format(call=call), str(path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    end = time.monotonic() + 60.0
-    while not there():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    program = Program("-c", PROBLEM + RUN.format(call=call), path)
+    program.until(there)
+    assert program.stop(signal.SIGKILL).code == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")

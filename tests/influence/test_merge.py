@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +11,7 @@ from torch import nn
 
 import curvlib as cl
 from curvlib.influence import Influence, TopInfluence, merged_searches
-
-ROOT = Path(__file__).parents[2]
+from tests.programs import Program
 
 
 def influence(normalize_size: int = 5) -> Influence:
@@ -41,22 +38,17 @@ PARTS = (range(5), range(5, 15), range(15, 23))
 
 def test_processes_of_their_own(tmp_path: Path) -> None:
     """Three processes fit, scan and save; the fourth merges what they wrote."""
-    code = f"""
+    code = """
 import sys
-sys.path.insert(0, {str(ROOT)!r})
 from tests.influence.test_merge import PARTS, influence, queries
 number = int(sys.argv[1])
 inf = influence()
 inf.top(queries(inf), 4, 2, chosen=PARTS[number]).save(sys.argv[2])
 """
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    running = [
-        subprocess.Popen([sys.executable, "-c", code, str(i), str(path)], stderr=subprocess.PIPE)
-        for i, path in enumerate(paths)
-    ]
-    for process in running:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error.decode()
+    running = [Program("-c", code, i, path) for i, path in enumerate(paths)]
+    for ended in [program.finish() for program in running]:
+        assert ended.code == 0, ended.error
     merged = merged_searches([TopInfluence.load(path) for path in paths])
     inf = influence()
     whole = inf.top(queries(inf), 4, 2)

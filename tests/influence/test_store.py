@@ -7,10 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ import torch
 
 from curvlib.influence import store
 from curvlib.influence.store import Piece, ScoreMatrix, write_scores
+from tests.programs import Program
 
 IDENTITY = {"data": "abc", "damping": 0.1}
 PIECES, ROWS, QUERIES = 9, 5, 3
@@ -169,21 +166,12 @@ write_scores(
 
 def test_kill_9_at_any_moment_goes_on_with_the_same_bits(tmp_path):
     written(tmp_path / "whole")
-    folder, root = tmp_path / "scores", Path(__file__).parents[2]
+    folder = tmp_path / "scores"
     shards = 0
     for wanted in (1, 3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder)],
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        )
-        end = time.monotonic() + 60.0
-        while len(list(folder.glob("scores-*.npy"))) < wanted:
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        program = Program("-c", PROGRAM, folder)
+        program.until(lambda wanted=wanted: len(list(folder.glob("scores-*.npy"))) >= wanted)
+        assert program.stop(signal.SIGKILL).code == -signal.SIGKILL
         half = ScoreMatrix.open(folder)
         assert len(half.shards) >= shards
         shards = len(half.shards)

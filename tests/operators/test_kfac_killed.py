@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +15,7 @@ import torch
 from curvlib.influence.influence import Influence
 from curvlib.operators.kfac import KFAC, kfac
 from tests.operators.factored import PROBLEMS, problem
-
-ROOT = Path(__file__).parents[2]
+from tests.programs import Program
 
 PROBLEM = """
 import sys, time
@@ -57,22 +52,11 @@ fit(problem(), sys.argv[1], progress=lambda done, *_: print(done, flush=True), {
 
 def killed(options: str, path: Path, after: float) -> None:
     """Kills a fit as soon as it has said that this much is done."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROBLEM + RUN.format(options=options), str(path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    end = time.monotonic() + 60.0
-    assert process.stdout is not None
-    for line in process.stdout:
-        assert time.monotonic() < end
+    program = Program("-c", PROBLEM + RUN.format(options=options), path)
+    for line in program.stdout:
         if float(line) >= after and path.exists():
             break
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
+    assert program.stop(signal.SIGKILL).code == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("options", "after"), [("", 17), ("prefix=4", 2)])

@@ -1,12 +1,9 @@
-"""One of two processes that train a masked model under DDP: rank, port, root as arguments."""
+"""One of two processes that train a masked model under DDP: rank and port as arguments."""
 
 from __future__ import annotations
 
 import os
 import sys
-
-if __name__ == "__main__":
-    sys.path.insert(0, sys.argv[3])
 
 import torch
 import torch.distributed as dist

@@ -22,6 +22,7 @@ from curvlib.operators.ggn import ggn
 from curvlib.operators.hessian import hessian
 from curvlib.pruning.masks import Masks, apply, pruned_to_zero, zero_pruned
 from curvlib.pruning.persistence import attach, detach, masks_of
+from tests.programs import Program
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -731,24 +732,13 @@ SCRIPT = Path(__file__).with_name("masks_ddp.py")
 @pytest.mark.slow
 def test_distributed_data_parallel() -> None:
     import socket
-    import subprocess
-    import sys
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    root = str(Path(__file__).parents[2])
-    out = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), port, root],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = [p.communicate(timeout=150)[0] for p in out]
-    assert [p.returncode for p in out] == [0, 0], "\n".join(texts)
-    digests = [re.findall(r"weights (\w+)", t) for t in texts]
+    running = [Program(SCRIPT, rank, port) for rank in range(2)]
+    ended = [program.finish() for program in running]
+    assert [e.code for e in ended] == [0, 0], "\n".join(e.error for e in ended)
+    digests = [re.findall(r"weights (\w+)", e.output) for e in ended]
     assert digests[0] == digests[1]
     assert len(digests[0]) == 3

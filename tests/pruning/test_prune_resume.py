@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import curvlib as cl
 from curvlib.pruning import Masks
+from tests.programs import Program
 from tests.pruning.events import draw, problem
 
 
@@ -124,23 +120,9 @@ def test_a_killed_event_goes_on_bitwise(tmp_path):
     model, risk = problem()
     expected = cl.prune(model, risk, 0.8, recompute=12, rows=128, block_size=16, progress=False)
     path = tmp_path / "prune.safetensors"
-    root = Path(__file__).parents[2]
-
-    def start(nap):
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(path), str(nap)],
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        )
-
-    process = start(0.3)
-    end = time.monotonic() + 60.0
-    while not path.exists():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    program = Program("-c", PROGRAM, path, 0.3)
+    program.until(path.exists)
+    assert program.stop(signal.SIGKILL).code == -signal.SIGKILL
     rounds = []
     found = cl.prune(
         model,

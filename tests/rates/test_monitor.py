@@ -6,7 +6,6 @@ import csv
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from curvlib.rates.stability_bounds import edge_of
 from curvlib.rates.stability_history import StabilityHistory
 from curvlib.rates.stability_table import read_csv
 from tests.problems import snapshot
+from tests.programs import Program
 from tests.rates.small import F64, classifier, each_hessian
 
 
@@ -369,12 +369,8 @@ go(risk, optimizer, monitor, 6)
 stability_table._text = lambda value: os.kill(os.getpid(), signal.SIGKILL)
 go(risk, optimizer, monitor, 3)
 """
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, check=False, capture_output=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    ended = Program("-c", program).finish()
+    assert ended.code == -signal.SIGKILL, ended.error
     assert [row.step for row in read_csv(tmp_path / "run.csv")] == [3, 6]
     start(tmp_path / "run.csv", resume=True)
     assert os.listdir(tmp_path) == ["run.csv"]  # what the killed process left is gone
