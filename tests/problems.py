@@ -49,21 +49,19 @@ OPERATORS: dict[str, Operator] = {
     "type2": Operator(lambda r: cl.fisher(r, kind="type2"), "type2", True, _known),
     "empirical": Operator(lambda r: cl.fisher(r, kind="empirical"), "empirical", True, _splittable),
 }
+_BUILT = {name: build(name) for name in CASES}  # only read
 ROWS = [
     (operator, name)
     for operator, row in OPERATORS.items()
-    for name in CASES
-    if row.applies(name, build(name))
+    for name, case in _BUILT.items()
+    if row.applies(name, case)
 ]
+_OTHER = {name for name, case in _BUILT.items() if case.truth.kind == "other"}
 
 
 def psd_is_promised(operator: str, name: str) -> bool:
     """A GGN is positive semi-definite only for a convex loss, which curvlib cannot know."""
-    return OPERATORS[operator].psd and not (operator == "ggn" and _is_other(name))
-
-
-def _is_other(name: str) -> bool:
-    return build(name).truth.kind == "other"
+    return OPERATORS[operator].psd and not (operator == "ggn" and name in _OTHER)
 
 
 def oracle(operator: str, name: str, rounded: torch.dtype | None = None) -> Tensor:
