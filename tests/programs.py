@@ -7,6 +7,7 @@ one that ``subprocess`` starts, shows whether anything depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -67,7 +68,8 @@ class Program:
     def stop(self, how: signal.Signals) -> Ended:
         """Sends a signal and waits for the end."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, how)
+        with contextlib.suppress(ProcessLookupError):  # it has ended: its code says how
+            os.kill(self.process.pid, how)
         return self.finish()
 
     def finish(self) -> Ended:
