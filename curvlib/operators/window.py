@@ -172,6 +172,7 @@ class Window:
 
     def columns(self, indices: Tensor) -> Tensor:
         """Some columns ``[count, n]`` of the window in float64, in the order of :meth:`slot`."""
+        self._await_copies()
         return window_blocks.columns(self._blocks, self.count, indices, self.device)
 
     def pieces(self) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -283,6 +284,11 @@ class Window:
         window_gram.write(self._gram, self._exact(new, slots), slots)
         return True
 
+    def _await_copies(self) -> None:
+        """Before the host itself reads or writes rows that a CUDA device copies in its own time."""
+        if self.storage == "cpu" and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def evict(self) -> None:
         """Forgets the oldest row.
 
@@ -303,6 +309,7 @@ class Window:
         self.version += 1
         if slot == last:
             return
+        self._await_copies()
         for block in self._blocks:
             block.rows[slot].copy_(block.rows[last])
         window_gram.move(self._gram, last, slot)
@@ -337,6 +344,7 @@ class Window:
 
         Tensors share memory with the window, as those of any ``state_dict`` do.
         """
+        self._await_copies()
         settings = window_state.settings(self.length, self.size, self.dtype, self.parts)
         rows, gram = [block.rows[: self.count] for block in self._blocks], self.stored_gram()
         where = {"order": list(self._order), "rounded": sorted(self._rounded)}
@@ -350,6 +358,7 @@ class Window:
         """
         mine = window_state.settings(self.length, self.size, self.dtype, self.parts)
         window_state.require_alike(mine, state)
+        self._await_copies()
         kept, order = window_order.places(state["order"], self.size)
         window_blocks.take(state["rows"], kept, self._blocks)
         self._order = order

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,6 +368,24 @@ def test_memory_is_the_window_and_a_few_vectors(dtype: torch.dtype) -> None:
         assert spent.peak < size * length * 4, name  # no float32 copy of the window
 
 
+def test_the_host_waits_before_it_touches_rows_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[torch.device] = []
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: waits.append(device) or stream)
+    there = torch.device("cuda", 0)
+    for storage, expected in (("cpu", [there, there]), (None, [])):
+        window = Window(5, 3, storage=storage)
+        window.push(_rows(3, 5))
+        assert not waits
+        window.device = there
+        window.evict()
+        window.state_dict()
+        assert waits == expected
+        del waits[:]
+
+
 # ------------------------------------------------------------------------------- CUDA
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -382,6 +401,7 @@ def test_cuda_equals_cpu(dtype: torch.dtype, storage: str | None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_nothing_waits_for_the_device_in_a_push() -> None:
     window = Window(5000, 4, device="cuda", parts=[2000, 3000])
     rows = list(_rows(8, 5000).float().cuda())
