@@ -153,6 +153,8 @@ def eigenpairs(args: argparse.Namespace) -> list[dict[str, Any]]:
         (tokens[:, :-1], tokens[:, 1:]),
         forward=hidden,
     )
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     pairs = cl.eigenpairs(cl.ggn(risk), k=10, tolerance=1e-2, max_products=200)
     row: dict[str, Any] = {
@@ -184,7 +186,10 @@ def main() -> None:
     parts = {"products": products, "eigenpairs": eigenpairs}
     rows = [row for part in args.parts for row in parts[part](args)]
     if not args.small:
-        print("wrote", common.save("gpu_products", rows, vars(args)))
+        settings = vars(args)
+        if args.device == "cuda":
+            settings["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        print("wrote", common.save("gpu_products", rows, settings))
 
 
 if __name__ == "__main__":
