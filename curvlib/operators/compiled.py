@@ -267,7 +267,8 @@ class CompiledProduct:
                 except Exception:  # noqa: BLE001 (an operation that does not batch)
                     found.narrow = True
                     return None if 1 in found.push else self._proven(batch, found, 1)
-            examples = [rows if width > 1 else rows[0], *kept]
+            # zeros: a recording that returns what it was made with, whatever comes, is found out
+            examples = [torch.zeros_like(rows if width > 1 else rows[0]), *kept]
             push = launched(self._lowered(graph, examples), examples)
             try:
                 parts = [_pushed(push, part, kept).clone() for part in probe.mT.split(width)]

@@ -33,10 +33,18 @@ def probes(space: ParamSpace, count: int) -> Tensor:
 def tolerance(risk: Risk) -> float:
     """The tolerated relative difference, by the least precise type that takes part."""
     precision = max(torch.finfo(d).eps for d in risk.space.dtypes)
-    if torch.float64 not in risk.space.dtypes and risk.device.type == "cuda":
-        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-        precision = max(precision, 2.0**-10) if tf32 else precision
+    if torch.float64 not in risk.space.dtypes and risk.device.type == "cuda" and _rounds_to_tf32():
+        precision = max(precision, 2.0**-10)
     return next(bound for unit, bound in TOLERANCES.items() if precision <= unit)
+
+
+def _rounds_to_tf32() -> bool:
+    """Whether float32 products or convolutions may be in TF32, whichever interface set that.
+
+    ``allow_tf32`` raises once the other one has been used.
+    """
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    return any(setting.fp32_precision == "tf32" for setting in settings)
 
 
 def difference(product: Tensor, exact: Tensor, probe: Tensor, tolerated: float) -> str | None:

@@ -6,7 +6,9 @@ graph launches all of them at once, on memory of its own: inputs are copied in.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,15 +43,17 @@ class Replay:
 
     def __init__(self, function: TensorFunction, inputs: Sequence[Tensor]) -> None:
         self.inputs = [torch.empty_like(t).copy_(t) for t in inputs]
-        with torch.cuda.device(inputs[0].device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+        device = inputs[0].device
+        here, (side, capturing) = torch.cuda.current_stream(device), _streams(device)
+        # a capture that fails leaves its stream current: the outer block comes back from it
+        with torch.cuda.device(device), torch.cuda.stream(here):
+            side.wait_stream(here)
             with torch.cuda.stream(side):  # libraries allocate their workspaces at first calls
                 for _ in range(2):
                     function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            here.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=capturing, capture_error_mode="thread_local"):
                 self.outputs = list(function(*self.inputs))
         self.last: tuple[Tensor | None, ...] = (None,) * len(inputs)
 
@@ -65,14 +69,24 @@ class Replay:
         return [t.detach() for t in self.outputs]
 
 
+@lru_cache(maxsize=16)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Where functions are run first, and captured; always the same, as each holds a workspace.
+
+    The stream that torch would capture on is on the device of the first capture of all.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
 def launched(function: TensorFunction, inputs: Sequence[Tensor]) -> TensorFunction:
     """The function as a CUDA graph where its inputs are small CUDA tensors, else as it is."""
     if not fits(inputs):
         return function
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The CUDA Graph is empty")
             return Replay(function, inputs)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # an operation that cannot be captured
+    except (RuntimeError, UserWarning):  # an operation that cannot be captured, or none at all
         return function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvlib as cl
-from curvlib.operators import compiled
+from curvlib.operators import compiled, replay
+from curvlib.operators.proof import tolerance
+from curvlib.operators.replay import MAX_BYTES, Replay, fits, launched
 from tests import models
 from tests.cases import Case, build
 from tests.problems import (
@@ -492,6 +495,53 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         cl.hessian(risk_of(case), compile="inductor") @ V
 
 
+def test_recordings_that_never_run_again_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def frozen(function: Any, inputs: Any) -> Any:
+        out = function(*inputs)
+        return lambda *_: out
+
+    monkeypatch.setattr("curvlib.operators.compiled.launched", frozen)
+    op = cl.hessian(risk_of(build("mlp ce")), compile="aot_eager")
+    with pytest.raises(RuntimeError, match="the captured product differs from the eager one"):
+        op @ columns(31, 2)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        RuntimeError("operation not permitted when stream is capturing"),
+        UserWarning("The CUDA Graph is empty. This usually means that the graph was attempted"),
+    ],
+)
+def test_functions_without_a_cuda_graph_run_as_they_are(
+    reason: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        if not isinstance(reason, Warning):
+            raise reason
+        warnings.warn(reason, stacklevel=1)
+
+    monkeypatch.setattr(replay, "fits", lambda inputs: True)
+    monkeypatch.setattr(replay, "Replay", refused)
+    assert replay.launched(torch.unbind, [torch.ones(2)]) is torch.unbind
+
+
+def test_tolerances_follow_either_interface_to_tf32() -> None:
+    """The older one raises as soon as the newer one has been used."""
+    there: Any = SimpleNamespace(
+        space=SimpleNamespace(dtypes=(torch.float32,)), device=torch.device("cuda")
+    )
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    try:
+        for pair, expected in {("ieee", "ieee"): 2e-4, ("tf32", "ieee"): 3e-2,
+                               ("ieee", "tf32"): 3e-2}.items():  # fmt: skip
+            products.fp32_precision, convolutions.fp32_precision = pair
+            assert tolerance(there) == expected
+    finally:
+        products.fp32_precision, convolutions.fp32_precision = before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -540,8 +590,6 @@ def test_losses_that_own_the_head_are_refused(operator: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_cuda_graphs(operator: str, backend: str, streamed: bool) -> None:
-    from curvlib.operators.replay import Replay
-
     case = rebatched(build("LayerNorm ce"), [4, 4])
     case.model.cuda()
     batches: Any = [(x.cuda(), y.cuda()) for x, y in case.data]
@@ -561,9 +609,19 @@ def test_cuda_graphs(operator: str, backend: str, streamed: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_replay_copies_what_may_have_changed() -> None:
-    from curvlib.operators.replay import MAX_BYTES, Replay, fits
+def test_what_cannot_be_captured_leaves_the_stream_as_it_was() -> None:
+    x, side = torch.ones(3, device="cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for unfit in (lambda a: (a * float(a[0]),), lambda a: (a,)):
+            assert launched(unfit, [x]) is unfit
+            assert torch.cuda.current_stream() == side
+        assert isinstance(launched(lambda a: (2.0 * a,), [x]), Replay)
+        assert torch.cuda.current_stream() == side
 
+
+@pytest.mark.gpu
+def test_a_replay_copies_what_may_have_changed() -> None:
     x, y = torch.ones(3, device="cuda"), torch.full((3,), 2.0, device="cuda")
     run = Replay(lambda a, b: (a * b,), [x, y])
     assert run(x, y)[0].tolist() == [2.0] * 3
