@@ -127,6 +127,8 @@ class Loss:
 
     def _known(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
         weight = None if self.weight is None else self.weight.to(output)
+        if target.dtype in _HALF:  # as the output is: mse_loss of two types has no derivative
+            target = target.float()
         if self.kind == "cross_entropy":
             return F.cross_entropy(
                 output,

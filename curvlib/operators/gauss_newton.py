@@ -18,10 +18,11 @@ First derivatives of either mode are right through all normalization layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -310,6 +311,7 @@ def _pullback_graph(batch: Batch) -> OutputGraph:
 def _dual(batch: Batch, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Output with its graph, and its tangent along one vector, in one forward pass."""
     params = batch.risk.params
+    _load_forward_mode()
     with forward_ad.dual_level(), _linear_of_constants():
         duals = {
             name: forward_ad.make_dual(p, v.to(p.dtype))
@@ -334,6 +336,7 @@ def _tangents(batch: Batch, vectors: list[Tensor]) -> Tensor:
         out: Tensor = torch.func.jvp(call, (params,), (tangent,))[1]
         return out
 
+    _load_forward_mode()
     with torch.no_grad(), batched_quietly():
         if vectors[0].shape[0] == 1:
             return push({name: v[0] for name, v in tangents.items()}).unsqueeze(0)
@@ -355,6 +358,14 @@ def _reverse_tangents(
         group=group,
     )
     return graph.output.new_zeros(shape) if tangents is None else tangents
+
+
+@lru_cache
+def _load_forward_mode() -> None:
+    """Has torch load the formulas that forward mode needs, during which it deprecates itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class _LinearOfConstants(TorchFunctionMode):

@@ -271,12 +271,9 @@ def _masked_gradient(grad: Tensor, keep: Tensor) -> Tensor:
     """The gradient with zeros for pruned weights; ``grad`` is left alone."""
     keep = keep.to(grad.device)
     if grad.layout == torch.sparse_coo:  # of nn.Embedding(sparse=True)
-        grad = grad.coalesce()
-        rows = keep[tuple(grad.indices())]
-        values = torch.where(rows, grad.values(), 0.0)
-        return torch.sparse_coo_tensor(
-            grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-        )
+        grad = grad.detach().coalesce().clone()
+        zero_pruned(keep[tuple(grad.indices())], grad.values())
+        return grad
     return pruned_to_zero(keep, grad)
 
 

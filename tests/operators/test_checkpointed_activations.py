@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import curvlib as cl
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+#: Whether forward-mode derivatives for several vectors at once go through checkpoints.
+BATCHES_CHECKPOINTS = torch.__version__ >= (2, 13)
 
 
 class Model(nn.Module):
@@ -89,8 +91,9 @@ def test_bfloat16_models_have_float32_vectors(name: str) -> None:
         for choice, dtype in ((None, BF16), (False, BF16), (False, F64))
     )
     assert found.dtype == F32
-    # rows of checkpointed models come by another way, which rounds to bfloat16 elsewhere
-    assert _distance(found, plain) <= (2.0**-6 if name == "rows" else 1e-5)
+    # what comes by another way from checkpointed models rounds to bfloat16 elsewhere
+    elsewhere = name == "rows" or (name == "jacobian" and not BATCHES_CHECKPOINTS)
+    assert _distance(found, plain) <= (2.0**-6 if elsewhere else 1e-5)
     assert _distance(found, exact) < 0.1  # bfloat16 has 8 bits, and derivatives cancel
 
 
