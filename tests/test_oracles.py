@@ -65,7 +65,7 @@ def test_nll_of_log_softmax_is_cross_entropy(net: str) -> None:
     assert _error(oracles.ggn(replace(logits, truth=truth)), oracles.ggn(case)) < 1e-10
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("LayerNorm", "BatchNorm"))])
 def test_functional_hessian_of_torch_is_no_oracle(name: str) -> None:
     """Why ``torch.func.hessian`` is not used here; when this fails, PyTorch has mended it."""

@@ -21,7 +21,7 @@ from tests.cases import build
 from tests.problems import OPERATORS, columns, error, oracle, risk_of, snapshot
 
 quiet = pytest.mark.filterwarnings("ignore:curvlib. .*:UserWarning")
-compiler = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+compiler = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 
 
 # --------------------------------------------------------------------- what is said

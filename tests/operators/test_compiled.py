@@ -33,7 +33,7 @@ from tests.problems import (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:curvlib. scaled_dot.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:curvlib. compiled modules.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),
 ]
 MAKE: dict[str, Callable[..., cl.LinearOperator]] = {"hessian": cl.hessian, "ggn": cl.ggn}
 

@@ -694,7 +694,7 @@ def test_compiled(given: bool, order: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 def test_compiled_by_inductor() -> None:
     import shutil
 
