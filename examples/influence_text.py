@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from curvlib.influence.language import for_causal_lm
 
-MODULES = ["bisect", "configparser", "contextlib", "copy", "csv", "fractions", "graphlib"]
-MODULES += ["optparse", "queue", "shlex", "statistics", "string"]
+MODULES = ["bisect", "contextlib", "csv", "fractions", "graphlib", "optparse", "queue"]
+MODULES += ["statistics", "string"]
 QUERIES = [
     ("    def __enter__(self):\n        ", "return self"),
     ("    if n < 1:\n        raise ", "StatisticsError('mean requires at least one data point')"),
@@ -30,7 +30,7 @@ QUERIES = [
     ("    def put(self, item, block=True, timeout=None):\n        with self.", "not_full:"),
     ("    parser.", "add_option('--verbose', action='store_true')"),
 ]
-LENGTH, WIDTH, DEPTH, HEADS, STEPS, BATCH = 96, 96, 3, 4, 400, 16
+LENGTH, WIDTH, DEPTH, HEADS, STEPS, BATCH = 96, 96, 3, 4, 300, 16
 
 
 # ---------------------------------------------------------------------- texts and tokens
