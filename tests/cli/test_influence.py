@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 
 import pytest
 import torch
@@ -72,15 +71,6 @@ number = 7
 FEW = cl.influence.page.Contents(captions=[f"own caption {n}" for n in range(36)])
 """
 FAST = ["mine.py:risk", "--queries", "mine.py:few", "--top", "3", "--no-check"]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "mine.py").write_text(TARGET)
-    yield tmp_path
-    sys.modules.pop("curvlib_target_mine", None)
 
 
 def influence(*arguments):

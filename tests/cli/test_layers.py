@@ -56,15 +56,6 @@ def nan():
 PARAMETERS = {"0": 16, "2": 10}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "mine.py").write_text(TARGET)
-    yield tmp_path
-    sys.modules.pop("curvlib_target_mine", None)
-
-
 def numbers(folder, command):
     return json.loads((folder / f"{command}.json").read_text())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -28,15 +26,6 @@ def stream():
             return iter([held.data])
     return cl.Risk(held.model, torch.nn.CrossEntropyLoss(), Batches())
 """
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "mine.py").write_text(TARGET)
-    yield tmp_path
-    sys.modules.pop("curvlib_target_mine", None)
 
 
 def plan(*arguments):

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import signal
-import sys
 
 import pytest
 import torch
@@ -51,15 +50,6 @@ def other():
 """
 WEIGHTS = 8 * 12 + 12 * 3
 FAST = ["--recompute", "2", "--compare", "none"]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "mine.py").write_text(TARGET)
-    yield tmp_path
-    sys.modules.pop("curvlib_target_mine", None)
 
 
 def prune(*arguments):

@@ -46,13 +46,6 @@ def diverged():
 FAST = ["--steps", "12", "--seeds", "2"]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(TARGET)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def numbers(folder):
     return json.loads((folder / "rates.json").read_text())
 

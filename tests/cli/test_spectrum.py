@@ -43,15 +43,6 @@ def mismatch():
 PARAMETERS = 26
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "mine.py").write_text(TARGET)
-    yield tmp_path
-    sys.modules.pop("curvlib_target_mine", None)
-
-
 def spectrum(*arguments):
     return main(["spectrum", *arguments])
 
