@@ -47,6 +47,8 @@ UNFOLLOWED = "a sharding that curvlib cannot follow"
 _WITHOUT_VALUES = frozenset({"size", "dim", "numel", "stride", "is_floating_point", "is_complex"})
 #: Attributes of a tensor that are made of its values.
 _VALUES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+#: Functions within which modules may run that are checkpointed.
+_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _HOOKS = ("torch.distributed.fsdp", "torch.distributed._composable")
 
 
@@ -72,7 +74,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def has_sharded(model: nn.Module) -> bool:
     """Whether a model has a parameter that is sharded, by FSDP2 or otherwise."""
-    return any(map(is_sharded, model.parameters())) or any(map(_is_fsdp, model.modules()))
+    return any(map(is_sharded, model.parameters())) or any(map(is_fsdp, model.modules()))
 
 
 def places_of(model: nn.Module, group: Group | None) -> dict[int, Place]:
@@ -85,7 +87,7 @@ def places_of(model: nn.Module, group: Group | None) -> dict[int, Place]:
     places = {}
     for name, p in model.named_parameters():
         if is_sharded(p):
-            places[id(p)] = _place(name, p, group)
+            places[id(p)] = place_of(name, p, group)
     for module_name, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and is_sharded(buffer):
@@ -104,12 +106,24 @@ def refresh(model: nn.Module, places: Mapping[int, Place]) -> None:
     """
     reshard(model)
     for p in model.parameters():
-        place = places.get(id(p))
-        if place is not None:
-            with torch.no_grad():
-                own: Tensor = p.detach().to_local()  # type: ignore[attr-defined]
-            if own.data_ptr() != place.leaf.data_ptr():
-                place.leaf.data = own
+        if id(p) in places:
+            follow(p, places[id(p)])
+
+
+def follow(param: Tensor, place: Place) -> None:
+    """Lets the slice of a sharded parameter follow memory that has moved."""
+    own = slice_of(param)
+    if own.data_ptr() != place.leaf.data_ptr():
+        place.leaf.data = own
+
+
+def slice_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a ``DTensor``, which shares its memory; others as they are."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return own.detach()
 
 
 def spread_of(params: Mapping[str, Tensor], places: Mapping[int, Place]) -> Spread | None:
@@ -132,7 +146,12 @@ def spread_of(params: Mapping[str, Tensor], places: Mapping[int, Place]) -> Spre
     return Spread(tuple(place.slices for place in cut), cut[0].group)
 
 
-def _place(name: str, param: Any, group: Group | None) -> Place:
+def place_of(name: str, param: Any, group: Group | None) -> Place:
+    """Where the values of a sharded parameter are.
+
+    Raises:
+        ValueError: If its sharding is not one along one axis over the ranks of the group.
+    """
     mesh, placements = param.device_mesh, param.placements
     if mesh.ndim != 1:
         raise ValueError(
@@ -145,16 +164,15 @@ def _place(name: str, param: Any, group: Group | None) -> Place:
         own = dist.get_process_group_ranks(group.process_group)
     if ranks != own:
         raise ValueError(
-            f"{UNFOLLOWED}: parameter {name!r} is spread over ranks {ranks}, and the risk's data "
-            f"over ranks {own}; pass Risk(..., group=mesh.get_group())"
+            f"{UNFOLLOWED}: parameter {name!r} is spread over ranks {ranks}, and the data over "
+            f"ranks {own}; pass Risk(..., group=mesh.get_group()), or process_group= likewise"
         )
     if type(placements[0]).__name__ != "Shard":
         raise ValueError(
             f"{UNFOLLOWED}: parameter {name!r} has the placement {placements[0]}; Shard(dim) over "
             "all ranks is expected"
         )
-    with torch.no_grad():
-        leaf: Tensor = param.detach().to_local().detach()
+    leaf = slice_of(param)
     slices = Slices(tuple(param.shape), placements[0].dim % max(param.ndim, 1))
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     if tuple(leaf.shape) != slices.local(rank, size):
@@ -212,7 +230,7 @@ class Regather(TorchFunctionMode):
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
             if name == "__set__" or attribute not in _VALUES:
                 return func(*args, **kwargs)
-        if func is torch.autograd.grad:
+        if func in _BACKWARD:
             self._kept.clear()
             self.suspended = True
             try:
@@ -369,11 +387,12 @@ def _without_sharding_hooks(model: nn.Module) -> Iterator[None]:
 def reshard(model: nn.Module) -> None:
     """Frees gathered parameters that FSDP2 has left in a model, such as the root's."""
     for module in model.modules():
-        if _is_fsdp(module):
+        if is_fsdp(module):
             module.reshard()  # type: ignore[operator]
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters for a module."""
     if not dist.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule

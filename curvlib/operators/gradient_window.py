@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.sharded import UNFOLLOWED
+from curvlib.core.spread import Spread
 from curvlib.operators import window_solve
 from curvlib.operators.compression import kept_entries, top_entries
 from curvlib.operators.sparse_window import SparseWindow
@@ -60,6 +62,8 @@ class GradientWindow:
         by_tensor: Whether each tensor has a matrix of its own, or all have one.
         compression: The fraction of entries (of each tensor, or of all) that is kept, with error
             feedback; ``None`` for whole rows.
+        spread: Where the tensors are slices of sharded ones, how they lie over processes, which
+            then push the same rows, each its part. A push sends ``m`` numbers, and norms one each.
 
     Attributes:
         window: The rows.
@@ -86,7 +90,10 @@ class GradientWindow:
         device: torch.device | str = "cpu",
         by_tensor: bool = False,
         compression: float | None = None,
+        spread: Spread | None = None,
     ) -> None:
+        require_followed(spread, by_tensor, compression)
+        self.spread = spread
         self.lengths = tuple(lengths)
         self.by_tensor = by_tensor
         self.compression = compression
@@ -95,7 +102,8 @@ class GradientWindow:
         self.window: Window | SparseWindow
         self.residual: Tensor | None = None
         if compression is None:
-            self.window = Window(total, size, dtype=dtype, device=device, parts=parts)
+            own = parts if spread is None else None
+            self.window = Window(total, size, dtype=dtype, device=device, parts=own, spread=spread)
         else:
             kept = kept_entries(parts, compression)
             self.window = SparseWindow(total, size, kept, dtype=dtype, device=device, parts=parts)
@@ -130,7 +138,7 @@ class GradientWindow:
         """
         if not isinstance(self.window, SparseWindow):
             values = row.to(self.window.dtype)
-            length = norm(values)
+            length = norm(values, self.spread)
             return Prepared(values, None, None, length == 0) if length < LONGEST else None
         assert self.residual is not None
         residual = row + self.residual
@@ -179,15 +187,18 @@ class GradientWindow:
         """The norms of the newest row (no pass) and of a direction ``[P]``; waits once."""
         slot = self.window.slot(-1)
         row = self.window.stored_gram()[:, slot, slot].sum().sqrt()
+        if self.spread is not None:
+            return float(row), norm(direction, self.spread)
         own, length = torch.stack([row, fast_norm(direction).to(F64)]).tolist()
         return own, length if in_range(length) else norm(direction)
 
     # ---------------------------------------------------------------- more tensors
-    def widened(self, more: Sequence[int]) -> GradientWindow:
+    def widened(self, more: Sequence[int], spread: Spread | None = None) -> GradientWindow:
         """A window of more tensors, whose gradients were zero in the rows there are.
 
         Args:
             more: Numbers of entries of the further tensors.
+            spread: How all of them lie over processes.
         """
         old, start = self.window.state_dict(), sum(self.lengths)
         out = GradientWindow(
@@ -197,6 +208,7 @@ class GradientWindow:
             device=self.window.device,
             by_tensor=self.by_tensor,
             compression=self.compression,
+            spread=spread,
         )
         new = out.window.state_dict()
         count, added = self.window.count, len(out.window.parts) - len(self.window.parts)
@@ -229,12 +241,15 @@ class GradientWindow:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> GradientWindow:
+    def from_state(
+        cls, state: Mapping[str, Any], device: torch.device, spread: Spread | None = None
+    ) -> GradientWindow:
         """The window that a state was taken of, bitwise; tensors are copied.
 
         Args:
             state: What :meth:`state_dict` returned.
             device: Where it shall live.
+            spread: How its tensors lie over processes.
         """
         saved = state["window"]
         out = cls(
@@ -244,6 +259,7 @@ class GradientWindow:
             device=device,
             by_tensor=state["by_tensor"],
             compression=state["compression"],
+            spread=spread,
         )
         out.window.load_state_dict(saved)
         if out.residual is not None:
@@ -251,8 +267,20 @@ class GradientWindow:
         return out
 
 
-def norm(vector: Tensor) -> float:
+def require_followed(spread: Spread | None, by_tensor: bool, compression: float | None) -> None:
+    """Raises ValueError for windows that spread rows cannot have."""
+    if spread is not None and (by_tensor or compression is not None):
+        raise ValueError(
+            f"{UNFOLLOWED}: windows of tensors, and compressed ones, need whole gradients; use "
+            "window='group' without compression="
+        )
+
+
+def norm(vector: Tensor, spread: Spread | None = None) -> float:
     """The norm, NaN or infinite if an entry is; in float64 where squares leave float32's range."""
+    if spread is not None:
+        square = torch.linalg.vector_norm(vector, dtype=F64).square()
+        return float(spread.sum(square).sqrt())
     value = float(fast_norm(vector))
     return value if in_range(value) else float(torch.linalg.vector_norm(vector, dtype=F64))
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from curvlib.core.sharded import UNFOLLOWED
 from curvlib.optim import arguments
-from curvlib.optim.gradients import finite
 from curvlib.optim.probed import probed_products
 from curvlib.optim.rules.adahessian import (
     ESTIMANDS,
@@ -121,12 +121,16 @@ class AdaHessian(CurvatureOptimizer):
         }
         super().__init__(params, defaults, seed=seed, process_group=process_group)
 
+    follows_shards = True
+
     def _check(self, group: dict[str, Any]) -> None:
         arguments.nonnegative(group, "lr", "hessian_power", "weight_decay")
         arguments.positive(group, "eps")
         arguments.fractions(group, "betas")
         if group["block_size"] is not None:
             arguments.count("block_size", group["block_size"])
+        if self.sharding is not None:
+            _require_whole_blocks(group)
         if group["foreach"] is not None:
             arguments.flag(group, "foreach")
 
@@ -163,19 +167,20 @@ class AdaHessian(CurvatureOptimizer):
                     jobs.append((p, g, self._reading(i, settings)))
             work.append((group, settings, jobs))
             number += len(grads)
-        if not finite(r for _, _, jobs in work for _, _, r in jobs):
+        if not self.finite(r for _, _, jobs in work for _, _, r in jobs):
             return False  # squares overflowed
         for group, settings, jobs in work:
             for part in _parts(jobs, group["foreach"]):
                 params = [p for p, _, _ in part]
+                slices = [self.own(p) for p in params]
                 moments = [
-                    Moments(**self.state[p]) if p in self.state else init(p, settings)
-                    for p in params
+                    Moments(**self.state[p]) if p in self.state else init(own, settings)
+                    for p, own in zip(params, slices, strict=True)
                 ]
                 moments = averaged(
                     [g for _, g, _ in part], [r for _, _, r in part], moments, settings
                 )
-                move(params, moments, settings)
+                move(slices, moments, settings)
                 for p, kept in zip(params, moments, strict=True):
                     self.state[p] = dict(vars(kept))
         return True
@@ -210,6 +215,19 @@ class AdaHessian(CurvatureOptimizer):
 
 
 Job = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def _require_whole_blocks(group: dict[str, Any]) -> None:
+    """Raises ValueError if blocks of entries would be cut by the sharding."""
+    for p in group["params"]:
+        runs = group["block_size"] not in (None, 1) and p.ndim > 1
+        if runs or (group["block_size"] is None and p.placements[0].dim > 1):
+            raise ValueError(
+                f"{UNFOLLOWED}: blocks of block_size={group['block_size']} of a parameter "
+                f"{list(p.shape)} would be cut by {p.placements[0]}; use block_size=1"
+                + ("" if runs is False else ", or None for kernels of convolutions")
+            )
+
 
 #: Entries that are done at once on a CPU.
 _CACHED = 2**16

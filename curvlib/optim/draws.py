@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
+from curvlib.core.spread import Spread
 from curvlib.estimators.probes import fill_probes
 
 
@@ -29,12 +30,14 @@ def stream(device: torch.device, *numbers: int) -> torch.Generator:
     return generator_of(None, seed, device)
 
 
-def signs(like: Tensor, *numbers: int) -> Tensor:
+def signs(like: Tensor, *numbers: int, spread: Spread | None = None) -> Tensor:
     """Rademacher signs of the shape, dtype and device of a tensor.
 
     Args:
         like: A parameter.
         numbers: Seed, curvature update, probe, index of the parameter.
+        spread: Where the parameter is sharded and ``like`` is this rank's slice, how: its signs
+            are then those that one process draws for the whole.
 
     Example:
         >>> signs(torch.zeros(2, 2), 0, 1, 0, 3).abs()
@@ -43,5 +46,8 @@ def signs(like: Tensor, *numbers: int) -> Tensor:
     """
     generator = stream(like.device, *numbers)
     row = torch.empty((1, like.numel()), dtype=like.dtype, device=like.device)
-    fill_probes(row, "rademacher", generator)
+    if spread is None:
+        fill_probes(row, "rademacher", generator)
+    else:
+        spread.fill(row[0], lambda chunk: fill_probes(chunk[None], "rademacher", generator))
     return row.view(like.shape)

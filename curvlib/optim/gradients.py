@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.sharded import UNFOLLOWED, is_sharded
+from curvlib.core.sharded import slice_of
+
+#: Of each group, gradients or ``None``.
+Gradients = list[list[Tensor | None]]
 
 
 def listed_group(group: Any) -> Any:
@@ -29,7 +32,7 @@ def require_parameters(members: list[Any], known: set[int]) -> None:
 
     Raises:
         TypeError: If one is an integer or complex tensor.
-        ValueError: If one is there twice, or sharded.
+        ValueError: If one is there twice.
     """
     for i, member in enumerate(members):
         p = member[1] if isinstance(member, tuple) else member
@@ -39,12 +42,6 @@ def require_parameters(members: list[Any], known: set[int]) -> None:
             raise TypeError(
                 f"parameters are real floating-point tensors, but parameter {i} of the group is "
                 f"{p.dtype}; leave it out, or split it into real and imaginary parts"
-            )
-        if is_sharded(p):
-            raise ValueError(
-                f"{UNFOLLOWED}: parameter {i} of the group is a DTensor, and curvature of live "
-                "losses needs it whole; wrap the model in DistributedDataParallel, or step by a "
-                "window of sharded rows: curvlib.mfac_window(risk.space, size)"
             )
         if id(p) in known:
             raise ValueError(
@@ -68,7 +65,7 @@ def positive_scale(scale: float) -> float:
 def versions(parameters: Iterable[tuple[int, Tensor, Any]]) -> dict[int, tuple[Tensor, int]]:
     """The gradients in ``.grad`` and their versions, by identity."""
     grads = [p.grad for _, p, _ in parameters]
-    return {id(g): (g, g._version) for g in grads if g is not None}
+    return {id(g): (g, slice_of(g)._version) for g in grads if g is not None}
 
 
 def accumulated(
@@ -79,6 +76,18 @@ def accumulated(
         if key not in before or (before[key][1] != version and bool(grad.any())):
             return True
     return False
+
+
+def gradients_of(groups: Iterable[dict[str, Any]]) -> Gradients:
+    """Dense gradients of each group (of their slices), negated where the group maximizes."""
+    out: Gradients = []
+    for group in groups:
+        grads = [p.grad if p.requires_grad else None for p in group["params"]]
+        grads = [None if g is None else dense(slice_of(g)) for g in grads]
+        if group["maximize"]:
+            grads = [None if g is None else -g for g in grads]
+        out.append(grads)
+    return out
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.operators.gradient_window import GradientWindow, Prepared
+from curvlib.core.sharded import is_sharded
+from curvlib.core.spread import Spread
+from curvlib.operators.gradient_window import GradientWindow, Prepared, require_followed
 from curvlib.operators.window_arguments import require_dtype
 from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, number, positive
 from curvlib.optim.rules import mfac as rule
@@ -107,7 +109,8 @@ class MFAC(CurvatureOptimizer):
             feedback: ``0.01``. The direction is then that of the compressed row.
         maximize: Whether to ascend.
         process_group: Replicas of data-parallel training; see
-            :class:`~curvlib.optim.shell.CurvatureOptimizer`. Each holds the whole window.
+            :class:`~curvlib.optim.shell.CurvatureOptimizer`. Each holds the whole window; of
+            sharded parameters (FSDP2), its slices of all rows.
 
     Raises:
         TypeError: If a parameter or a setting is of the wrong type.
@@ -168,6 +171,8 @@ class MFAC(CurvatureOptimizer):
         return {k: held.window for k, held in self._windows.items()}
 
     # ------------------------------------------------------------------ hooks of the shell
+    follows_shards = True
+
     def _check(self, group: dict[str, Any]) -> None:
         nonnegative(group, "lr", "weight_decay")
         fraction(group, "momentum")
@@ -188,6 +193,9 @@ class MFAC(CurvatureOptimizer):
                     "compression= is the fraction of entries that is stored, in (0, 1], got "
                     f"{group['compression']}"
                 )
+        if self.sharding is not None:
+            by_tensor = group["window"] == "tensor"
+            require_followed(self.sharding.spread(()), by_tensor, group["compression"])
         devices = sorted({str(p.device) for p in group["params"]})
         if len(devices) > 1:
             raise ValueError(
@@ -208,22 +216,36 @@ class MFAC(CurvatureOptimizer):
     def _planned(self, index: int, grads: list[Tensor | None]) -> _Plan | None:
         """What a step would do to a group; ``None`` where no parameter has a gradient."""
         group = self.param_groups[index]
-        present = [i for i, g in enumerate(grads) if g is not None and g.numel()]
+        params = group["params"]
+        present = [i for i, g in enumerate(grads) if g is not None and params[i].numel()]
         if not present:
             return None
         layout = list(self._layouts.get(index, []))
         new = [i for i in present if i not in layout]
-        lengths = [group["params"][i].numel() for i in new]
+        lengths = [self.own(params[i]).numel() for i in new]
+        layout += new
+        spread = self._spread(index, layout)
         window = self._windows.get(index)
         if window is None:
-            window = self._made(group, lengths)
+            window = self._made(group, lengths, spread)
         elif new:
-            window = window.widened(lengths)
-        layout += new
+            window = window.widened(lengths, spread)
         prepared = window.prepared(window.row([grads[i] for i in layout]))
         return _Plan(index, present, layout, window, prepared)
 
-    def _made(self, group: dict[str, Any], lengths: list[int]) -> GradientWindow:
+    def _spread(self, index: int, layout: list[int]) -> Spread | None:
+        """How rows of a group lie over ranks."""
+        if self.sharding is None:
+            return None
+        return self.sharding.spread(self._numbers(index, layout))
+
+    def _numbers(self, index: int, layout: list[int]) -> list[int]:
+        before = sum(len(group["params"]) for group in self.param_groups[:index])
+        return [before + i for i in layout]
+
+    def _made(
+        self, group: dict[str, Any], lengths: list[int], spread: Spread | None
+    ) -> GradientWindow:
         params, dtype = group["params"], group["dtype"]
         if dtype is None:
             double = any(p.dtype == torch.float64 for p in params)
@@ -235,6 +257,7 @@ class MFAC(CurvatureOptimizer):
             device=params[0].device,
             by_tensor=group["window"] == "tensor",
             compression=group["compression"],
+            spread=spread,
         )
 
     def _direction(self, plan: _Plan) -> tuple[Tensor | None, float]:
@@ -266,14 +289,15 @@ class MFAC(CurvatureOptimizer):
                 zeros, dtype=plan.window.vector_dtype, device=plan.window.window.device
             )
         parts = dict(zip(plan.layout, direction.split(list(plan.window.lengths)), strict=True))
-        params = [group["params"][i] for i in plan.present]
+        members = [group["params"][i] for i in plan.present]
+        params = [self.own(p) for p in members]
         directions = [parts[i].view(p.shape) for i, p in zip(plan.present, params, strict=True)]
         momentum, momenta = number(group, "momentum"), []
         if momentum:
-            for p in params:
+            for p, own in zip(members, params, strict=True):
                 if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = rule.init(p)
-            momenta = [self.state[p]["momentum"] for p in params]
+                    self.state[p]["momentum"] = rule.init(own)
+            momenta = [self.state[p]["momentum"] for p in members]
         rule.update(
             params,
             directions,
@@ -287,16 +311,54 @@ class MFAC(CurvatureOptimizer):
     # --------------------------------------------------------------------------- state
     def _extra_state(self) -> dict[str, Any]:
         held = [
-            {"group": k, "layout": list(self._layouts[k]), "window": window.state_dict()}
-            for k, window in sorted(self._windows.items())
+            {"group": k, "layout": list(self._layouts[k]), "window": self._shared(k)}
+            for k in sorted(self._windows)
         ]
         return {"windows": held}
+
+    def _shared(self, index: int) -> dict[str, Any]:
+        """The state of a window, as one of whole rows; slices of them are ``DTensor``."""
+        held, layout = self._windows[index], self._layouts[index]
+        state = held.state_dict()
+        if self.sharding is None or self.sharding.group is None:
+            return state
+        params = [self.param_groups[index]["params"][i] for i in layout]
+        lengths, (rows,) = [p.numel() for p in params], state["window"]["rows"]
+        blocks = [
+            self.sharding.shared(n, part.view(len(part), *self.own(p).shape), 1)
+            for n, p, part in zip(
+                self._numbers(index, layout), params, rows.split(held.lengths, 1), strict=True
+            )
+        ]
+        whole = {"length": sum(lengths), "parts": [sum(lengths)], "rows": blocks}
+        return state | {"lengths": lengths, "window": state["window"] | whole}
+
+    def _owned(self, index: int, layout: list[int], state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of such a state."""
+        rows = state["window"].get("rows")
+        if rows is None:  # they are compressed
+            return state
+        if self.sharding is None or self.sharding.group is None:
+            whole = {"rows": [block.flatten(1) for block in rows]}
+            return state | {"window": state["window"] | whole}
+        params = self.param_groups[index]["params"]
+        if not is_sharded(rows[0]):
+            rows = torch.cat([block.flatten(1) for block in rows], 1).split(state["lengths"], 1)
+            shapes = [params[i].shape for i in layout]
+            rows = [block.view(len(block), *s) for block, s in zip(rows, shapes, strict=True)]
+        numbers = self._numbers(index, layout)
+        own = [self.sharding.owned(n, b, 1) for n, b in zip(numbers, rows, strict=True)]
+        lengths = [block.shape[1:].numel() for block in own]
+        mine = {"length": sum(lengths), "parts": [sum(lengths)]}
+        mine["rows"] = [block.flatten(1) for block in own]
+        return state | {"lengths": lengths, "window": state["window"] | mine}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         windows, layouts = {}, {}
         for held in state["windows"]:
             k = held["group"]
-            device = self.param_groups[k]["params"][0].device
-            windows[k] = GradientWindow.from_state(held["window"], device)
             layouts[k] = list(held["layout"])
+            device = self.param_groups[k]["params"][0].device
+            own, spread = self._owned(k, layouts[k], held["window"]), self._spread(k, layouts[k])
+            windows[k] = GradientWindow.from_state(own, device, spread)
         self._windows, self._layouts = windows, layouts

@@ -7,16 +7,81 @@ reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvlib.core.files import curvlib_version
+from curvlib.optim.clock import Clock
+
+if TYPE_CHECKING:
+    from curvlib.optim.shell import CurvatureOptimizer
 
 #: Of the entry ``curvlib``; raised when what it holds changes its meaning.
 FORMAT = 1
+
+
+def saved(opt: CurvatureOptimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer of the shell writes.
+
+    Args:
+        opt: The optimizer.
+        state: PyTorch's two entries. Slices of sharded parameters become ``DTensor``.
+    """
+    state["curvlib"] = record(
+        type(opt).__name__,
+        [p for _, p, _ in opt.parameters()],
+        {
+            "clock": asdict(opt.clock),
+            "skipped": opt.skipped,
+            "seed": opt.seed,
+            "extra": opt._extra_state(),
+        },
+    )
+    if opt.sharding is not None:
+        shared = opt.sharding.shared
+        of = state["state"].items()
+        state["state"] = {i: {k: shared(i, v) for k, v in own.items()} for i, own in of}
+    return state
+
+
+def load(
+    opt: CurvatureOptimizer, state_dict: object, plain: Callable[[dict[str, Any]], None]
+) -> None:
+    """Gives an optimizer of the shell a state that :func:`saved` wrote.
+
+    Args:
+        opt: The optimizer.
+        state_dict: The state.
+        plain: PyTorch's ``load_state_dict``.
+
+    Raises:
+        TypeError: If it is no dictionary.
+        ValueError: If it is the state of another optimizer, model or version of curvlib. Nothing
+            has changed then.
+    """
+    params = [p for _, p, _ in opt.parameters()]
+    state, own = require_own(state_dict, type(opt).__name__, params)
+    before = (opt.state, opt.param_groups)
+    plain(state)
+    try:
+        for group in opt.param_groups:
+            opt._check(group)
+        for i, p, _ in opt.parameters():
+            if i in state["state"]:
+                values = state["state"][i]
+                if opt.sharding is not None:
+                    values = {k: opt.sharding.owned(i, v) for k, v in values.items()}
+                opt.state[p] = restored(values, p.device)
+        opt._load_extra_state(own["extra"])
+    except Exception:  # whatever it is, the state stays as it was
+        opt.state, opt.param_groups = before
+        raise
+    opt.clock = Clock(**own["clock"])
+    opt.skipped, opt.seed = own["skipped"], own["seed"]
 
 
 def record(method: str, params: Sequence[Tensor], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,13 @@ def probed_products(
         Signs ``[probes][n]``, gradients ``[n]`` of ``loss``, products ``[probes][n]``.
     """
     members = opt.trainable()
+    update, cut = opt.clock.curvature_updates, opt.sharding
+    spreads = [None if cut is None else cut.spread([i]) for i, _, _ in members]
     vectors = [
-        [signs(p, opt.seed, opt.clock.curvature_updates, k, i) for i, p, _ in members]
+        [
+            signs(p, opt.seed, update, k, i, spread=spread)
+            for (i, p, _), spread in zip(members, spreads, strict=True)
+        ]
         for k in range(probes)
     ]
     gradients, products = gradient_and_products(

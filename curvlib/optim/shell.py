@@ -11,8 +11,9 @@ A method is a subclass with four hooks (one level of inheritance):
     additive over micro-batches, and returns the gradients of ``loss`` (one entry for each
     parameter of ``self.trainable()``) if they came with it. ``loss`` is multiplied by ``scale``
     (of a ``GradScaler``): curvature is divided by it, returned gradients are not. Pending tensors
-    are summed over ranks, so a mean over ranks divides by ``self.replicas``. The graph of ``loss``
-    must survive if no gradients are returned, or if ``self.keep_graph`` is set.
+    are summed over ranks (where parameters are sharded, derivatives are so already), so a mean over
+    ranks divides by ``self.replicas``. The graph of ``loss`` must survive if no gradients are
+    returned, or if ``self.keep_graph`` is set.
 ``_update(gradients)``
     the step, for finite gradients (a list for each group, ``None`` where absent, dense, negated
     for groups with ``maximize``) and finite ``self.pending`` (empty if there was none). It
@@ -24,6 +25,10 @@ parameter; ``_missing()`` for the error when a step is due without any curvature
 scale)`` for the value of each loss; and for methods that watch the user's own passes
 ``_prepare()``, before the passes of each step (and for new, copied and loaded optimizers),
 ``_collect()``, before gradients are read, and ``_forget()``, when they are set to zero.
+
+A method that sets ``follows_shards`` takes sharded parameters too: it writes to ``self.own(p)``,
+this rank's slice, of whose shape gradients, curvature and state are; what it sums over entries it
+sums over ranks (``self.sharding``), and what it decides it decides with them (``self.finite``).
 """
 
 from __future__ import annotations
@@ -31,8 +36,9 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,23 +46,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from curvlib.core.sharded import UNFOLLOWED, is_sharded
 from curvlib.operators.live_loss import accumulate_gradient, require_live
 from curvlib.optim.arguments import flag
 from curvlib.optim.clock import Clock
 from curvlib.optim.gradients import (
+    Gradients,
     accumulate,
     accumulated,
-    dense,
     finite,
+    gradients_of,
     listed_group,
     positive_scale,
     require_parameters,
     versions,
 )
-from curvlib.optim.persistence import record, require_own, restored
+from curvlib.optim.persistence import load, saved
 from curvlib.optim.replicas import average_gradients, size_of, sum_over_ranks
+from curvlib.optim.sharding import Sharding
 
-Gradients = list[list[Tensor | None]]
+__all__ = ["CurvatureOptimizer", "Gradients"]
 
 
 class CurvatureOptimizer(Optimizer, ABC):
@@ -67,18 +76,24 @@ class CurvatureOptimizer(Optimizer, ABC):
         defaults: Hyper-parameters of groups that have none of their own.
         seed: Of all random numbers.
         process_group: Replicas of data-parallel training; the default group if
-            ``torch.distributed`` is initialized.
+            ``torch.distributed`` is initialized. Ranks that share sharded parameters are those of
+            their mesh.
 
     Attributes:
         clock: Steps and curvature updates so far.
         skipped: Steps that were skipped since a gradient or curvature was not finite.
         pending: Curvature that was gathered for the coming step.
         keep_graph: Whether the loss that is observed goes through ``backward`` afterwards.
+        sharding: This rank's slices of sharded parameters; ``None`` if they are whole.
 
     Raises:
         TypeError: If parameters are no real floating-point tensors.
-        ValueError: If there are none, if one is there twice, or for bad hyper-parameters.
+        ValueError: If there are none, if one is there twice, or for bad hyper-parameters; or if
+            they are sharded in a way that the method does not follow.
     """
+
+    #: Whether the method steps slices of parameters.
+    follows_shards = False
 
     def __init__(
         self,
@@ -96,6 +111,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         self.skipped = 0
         self.pending: dict[str, Tensor] = {}
         self.keep_graph = False
+        self.sharding: Sharding | None = None
         self._backwards = 0
         self._seen: weakref.ref[Tensor] | None = None
         self._built = False
@@ -170,8 +186,17 @@ class CurvatureOptimizer(Optimizer, ABC):
                 number += 1
 
     def trainable(self) -> list[tuple[int, Tensor, dict[str, Any]]]:
-        """Parameters that require gradients, with their number and group."""
-        return [(i, p, group) for i, p, group in self.parameters() if p.requires_grad]
+        """Parameters (their slices) that require gradients, with their number and group."""
+        return [(i, self.own(p), group) for i, p, group in self.parameters() if p.requires_grad]
+
+    def own(self, p: Tensor) -> Tensor:
+        """This rank's slice of a parameter that is sharded; others as they are."""
+        return p if self.sharding is None else self.sharding.own(p)
+
+    def finite(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Whether all numbers are finite, on all ranks that share parameters."""
+        own = finite(tensors)
+        return own if self.sharding is None else self.sharding.every(own)
 
     @property
     def replicas(self) -> int:
@@ -194,19 +219,50 @@ class CurvatureOptimizer(Optimizer, ABC):
         if "params" in param_group:
             require_parameters(param_group["params"], {id(p) for _, p, _ in self.parameters()})
         super().add_param_group(param_group)
-        before = self.clock
-        self.clock = replace(before, age=None)
+        before = (self.clock, self.sharding)
+        self.clock = replace(self.clock, age=None)
         try:
+            self._shard()
             flag(self.param_groups[-1], "maximize")
             self._check(self.param_groups[-1])
             if self._built:
                 self._prepare()
         except Exception:  # whatever it is, the group is not added
             self.param_groups.pop()
-            self.clock = before
+            self.clock, self.sharding = before
             raise
 
+    def _shard(self) -> None:
+        params = [p for _, p, _ in self.parameters()]
+        sharded = [i for i, p in enumerate(params) if is_sharded(p)]
+        if not sharded:
+            return
+        if not self.follows_shards:
+            raise ValueError(
+                f"{UNFOLLOWED}: parameter {sharded[0]} is a DTensor, and {type(self).__name__} "
+                "needs it whole; wrap the model in DistributedDataParallel, or use AdaHessian, "
+                "Sophia, MFAC, or NewtonCG on a risk"
+            )
+        self.sharding = Sharding(params, self.process_group)
+        self.process_group = self.sharding.process_group
+
     # ------------------------------------------------------------------- loss and step
+    def gathering(self) -> AbstractContextManager[None]:
+        """A block for a loss whose curvature is read, and its backward pass, in one's own loop.
+
+        ``step(closure)`` enters it by itself. Nothing happens unless parameters are sharded; then
+        FSDP2's hooks are off within, so that second derivatives exist. Ranks enter it together.
+
+        Example:
+            >>> from curvlib.optim import AdaHessian
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = AdaHessian(model.parameters())
+            >>> with opt.gathering():
+            ...     opt.backward(model(torch.ones(3, 2)).square().mean())
+            >>> opt.step()
+        """
+        return nullcontext() if self.sharding is None else self.sharding.gathering()
+
     def observe(self, loss: Tensor, scale: float = 1.0) -> None:
         """Gathers curvature if it is due, for loops that call ``loss.backward()`` afterwards.
 
@@ -219,7 +275,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         Raises:
             TypeError: If the loss is no tensor.
             ValueError: If it is no scalar or has no graph.
-            RuntimeError: If it has no second derivative, where the method needs one.
+            RuntimeError: If it has no second derivative, where the method needs one; or if
+                parameters are sharded, and its curvature is read outside :meth:`gathering`.
         """
         self._gather(require_live(loss), positive_scale(scale), keep=True)
 
@@ -234,12 +291,13 @@ class CurvatureOptimizer(Optimizer, ABC):
             scale: What the loss was multiplied by (``scaler.get_scale()``). Gradients stay
                 multiplied by it, for ``scaler.unscale_(opt)``.
             sync: Whether ``.grad`` is then averaged over ranks; ``False`` for all but the last of
-                several micro-batches saves communication.
+                several micro-batches saves communication. Sharded gradients always are.
 
         Raises:
             TypeError: If the loss is no tensor.
             ValueError: If it is no scalar or has no graph.
-            RuntimeError: If it has no second derivative, where the method needs one.
+            RuntimeError: If it has no second derivative, where the method needs one; or if
+                parameters are sharded, and its curvature is read outside :meth:`gathering`.
         """
         found = self._gather(require_live(loss), positive_scale(scale), keep=False)
         if found is None:
@@ -247,7 +305,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         else:
             accumulate([p for _, p, _ in self.trainable()], found)
         self._backwards += 1
-        if sync:
+        if sync and self.sharding is None:
             average_gradients([p for _, p, _ in self.trainable()], self.process_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]  # PyTorch's overloads return floats
@@ -269,7 +327,9 @@ class CurvatureOptimizer(Optimizer, ABC):
         loss = None if closure is None else self._evaluated(closure)
         with torch.no_grad():
             self._collect()
-            gradients = self._gradients()
+            if self.sharding is not None:
+                self.sharding.follow()
+            gradients = gradients_of(self.param_groups)
             if all(g is None for group in gradients for g in group):
                 pass
             elif self._taken(gradients):
@@ -285,40 +345,52 @@ class CurvatureOptimizer(Optimizer, ABC):
         due = self._due()
         if due and not self.pending and self.clock.curvature_updates == 0:
             self._missing()
-        if due or self.pending:
+        if (due or self.pending) and self.sharding is None:
             self.pending = sum_over_ranks(self.pending, self.process_group)
         read = [*(g for group in gradients for g in group), *self.pending.values()]
-        return finite(read) and self._update(gradients) is not False
+        return self.finite(read) and self._update(gradients) is not False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients and pending curvature."""
         self._forget()
         self.pending, self._seen = {}, None
+        if self.sharding is not None:
+            self.sharding.forget_gradients()
         super().zero_grad(set_to_none)
 
     def _evaluated(self, closure: Callable[[], Any]) -> Tensor:
         """The loss of a closure, whose gradients and curvature are then in place."""
         before, calls = versions(self.parameters()), self._backwards
-        with torch.enable_grad():
-            loss = closure()
-        if not isinstance(loss, Tensor):
-            loss = require_live(loss, "what the closure returns")
-        if calls != self._backwards or accumulated(before, versions(self.parameters())):
-            if self._seen is None:
-                self._saw(loss, 1.0)
-            return loss.detach()  # the closure called backward itself
-        require_live(loss, "what the closure returns")
-        self.zero_grad()
-        self.backward(loss)
+        with self.gathering() if self._due() else nullcontext():
+            with torch.enable_grad():
+                loss = closure()
+            if not isinstance(loss, Tensor):
+                loss = require_live(loss, "what the closure returns")
+            if self.sharding is not None:
+                self.sharding.take_gradients()
+            if calls != self._backwards or accumulated(before, versions(self.parameters())):
+                if self._seen is None:
+                    self._saw(loss, 1.0)
+                return loss.detach()  # the closure called backward itself
+            require_live(loss, "what the closure returns")
+            self.zero_grad()
+            self.backward(loss)
         return loss.detach()
 
     def _gather(self, loss: Tensor, scale: float, *, keep: bool) -> list[Tensor | None] | None:
         """Curvature of a loss, if it is due and not observed yet; gradients, if they came too."""
         if self._seen is not None and self._seen() is loss:
             return None
+        due = self._due()
+        if due and self.sharding is not None and not self.sharding.active:
+            raise RuntimeError(
+                "FSDP2's hooks free parameters that second derivatives need, and this step reads "
+                "curvature; use opt.step(lambda: loss), or compute the loss and call "
+                "opt.backward(loss) in a block: with opt.gathering(): ..."
+            )
         self.keep_graph = keep
         try:
-            found = self._observe(loss, scale) if self._due() else None
+            found = self._observe(loss, scale) if due else None
         except BaseException:
             self.pending = {}  # sums that may be incomplete
             raise
@@ -328,17 +400,6 @@ class CurvatureOptimizer(Optimizer, ABC):
         self._seen = weakref.ref(loss)
         return found
 
-    def _gradients(self) -> Gradients:
-        """Dense gradients of each group, negated where the group maximizes."""
-        out: Gradients = []
-        for group in self.param_groups:
-            grads = [p.grad if p.requires_grad else None for p in group["params"]]
-            grads = [None if g is None else dense(g) for g in grads]
-            if group["maximize"]:
-                grads = [None if g is None else -g for g in grads]
-            out.append(grads)
-        return out
-
     # --------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
         """The state, with a third entry ``"curvlib"`` beside PyTorch's two.
@@ -346,18 +407,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         Gradients and pending curvature are not part of it: save between a step and the next
         backward.
         """
-        state = super().state_dict()
-        state["curvlib"] = record(
-            type(self).__name__,
-            [p for _, p, _ in self.parameters()],
-            {
-                "clock": asdict(self.clock),
-                "skipped": self.skipped,
-                "seed": self.seed,
-                "extra": self._extra_state(),
-            },
-        )
-        return state
+        return saved(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a state; the trajectory is then bitwise the one that was saved.
@@ -367,35 +417,22 @@ class CurvatureOptimizer(Optimizer, ABC):
             ValueError: If it is that of another optimizer, model or version of curvlib. Nothing
                 has changed then.
         """
-        params = [p for _, p, _ in self.parameters()]
-        state_dict, own = require_own(state_dict, type(self).__name__, params)
-        before = (self.state, self.param_groups)
-        super().load_state_dict(state_dict)
-        try:
-            for group in self.param_groups:
-                self._check(group)
-            for i, p, _ in self.parameters():
-                if i in state_dict["state"]:
-                    self.state[p] = restored(state_dict["state"][i], p.device)
-            self._load_extra_state(own["extra"])
-        except Exception:  # whatever it is, the state stays as it was
-            self.state, self.param_groups = before
-            raise
-        self.clock = Clock(**own["clock"])
-        self.skipped, self.seed = own["skipped"], own["seed"]
+        load(self, state_dict, super().load_state_dict)
         self.pending, self._seen = {}, None
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_")}
         own["_seen"] = None
-        for name in ("step", "_zero_grad_profile_name", "process_group"):
+        for name in ("step", "_zero_grad_profile_name", "process_group", "sharding"):
             own.pop(name, None)  # a scheduler's wrapper of step; groups cannot be copied
         return {**own, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         vars(self).setdefault("process_group", None)
+        self.sharding = None
+        self._shard()
         self._prepare()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:

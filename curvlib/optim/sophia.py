@@ -28,7 +28,6 @@ from torch import Tensor
 
 from curvlib.operators.live_fisher import sampled_root
 from curvlib.optim import arguments
-from curvlib.optim.gradients import finite
 from curvlib.optim.probed import probed_products
 from curvlib.optim.rules.sophia import SophiaState, SophiaStep, init, update
 from curvlib.optim.shell import CurvatureOptimizer, Gradients
@@ -127,6 +126,8 @@ class Sophia(CurvatureOptimizer):
         ]
 
     # ----------------------------------------------------------------------------- hooks
+    follows_shards = True
+
     def _check(self, group: dict[str, Any]) -> None:
         arguments.nonnegative(group, "lr", "weight_decay")
         arguments.positive(group, "rho", "eps")
@@ -184,10 +185,10 @@ class Sophia(CurvatureOptimizer):
                 if g is not None:
                     work.append((p, *self._stepped(i, p, g, group), group))
             number += len(grads)
-        if self.pending and not finite(step.state.curvature for _, step, _, _ in work):
+        if self.pending and not self.finite(step.state.curvature for _, step, _, _ in work):
             return False  # squares overflowed
         for p, step, counts, _ in work:
-            p.add_(step.change)
+            self.own(p).add_(step.change)
             self.state[p] = {**vars(step.state), **counts}
         self._clipped = []
         for group in self.param_groups:
@@ -196,6 +197,8 @@ class Sophia(CurvatureOptimizer):
             hits = (
                 torch.stack([c.to(steps[0][1].device) for _, c in steps]).sum() if entries else None
             )
+            if hits is not None and self.sharding is not None:
+                hits = self.sharding.sum(hits.double())
             self._clipped.append((hits, entries))
         return True
 
@@ -203,14 +206,15 @@ class Sophia(CurvatureOptimizer):
         self, number: int, p: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> tuple[SophiaStep, dict[str, int]]:
         known = self.state.get(p)
-        state = SophiaState(known["momentum"], known["curvature"]) if known else init(p)
+        own = self.own(p)
+        state = SophiaState(known["momentum"], known["curvature"]) if known else init(own)
         estimate = self._estimate(number)
         counts = {
             "steps": (known["steps"] if known else 0) + 1,
             "updates": (known["updates"] if known else 0) + (estimate is not None),
         }
         step = update(
-            p,
+            own,
             gradient,
             state,
             estimate,

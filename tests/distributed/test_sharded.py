@@ -142,7 +142,7 @@ REFUSED = {
     "mfac": "this function needs them whole",
     "check": "load the parameters into a model without fully_shard",
     "alone": "the parameters are sharded",
-    "group": "is spread over ranks [0, 1], and the risk's data over ranks [",
+    "group": "is spread over ranks [0, 1], and the data over ranks [",
     "parts": "has one part, of this process's",
     "block_size": "leave block_size= out",
     "window of a space": "make the window with curvlib.mfac_window",
