@@ -30,7 +30,9 @@ from curvlib.optim.rules.newton import (
     Trial,
     against_negative_curvature,
     damping,
+    everywhere,
     init,
+    norm,
     rejected,
     update,
 )
@@ -63,7 +65,8 @@ class NewtonCG(torch.optim.Optimizer):
     r"""Newton's method with gradient-norm-scaled damping, on the parameters of a risk.
 
     Args:
-        risk: Model, loss, all the data, and the parameters that are trained.
+        risk: Model, loss, all the data, and the parameters that are trained, which may be sharded
+            (FSDP2) over the ranks that share the data: each then steps its slices.
         operator: Makes the matrix of the risk at its present parameters: ``curvlib.ggn``
             (Gauss-Newton; positive semi-definite), ``curvlib.hessian``, ``curvlib.kfac``, or a
             function of one's own. Operators with ``solve`` solve themselves, others by conjugate
@@ -127,7 +130,6 @@ class NewtonCG(torch.optim.Optimizer):
             raise TypeError(
                 f"NewtonCG takes a curvlib.Risk (model, loss and data), got {type(risk).__name__}"
             )
-        risk.require_whole("NewtonCG")
         for name, function in (("operator", operator), ("preconditioner", preconditioner)):
             if not callable(function) and (name == "operator" or function is not None):
                 raise TypeError(
@@ -183,20 +185,20 @@ class NewtonCG(torch.optim.Optimizer):
         except FloatingPointError:
             self.skipped += 1
             return torch.full((), math.nan, dtype=space.dtype, device=space.device)
-        norm = float(torch.linalg.vector_norm(gradient.double()))
+        length = norm(gradient, space.spread)
         before = self.progress
-        found, new_loss, trials, used = norm == 0.0, float(value), 0, 0.0
+        found, new_loss, trials, used = length == 0.0, float(value), 0, 0.0
         params = list(self.risk.params.values())
         start = [p.detach().clone() for p in params]
         try:
             while not found and trials < self.max_trials:
                 trials += 1
-                used = damping(norm, self.progress.gamma, self.exponent)
+                used = damping(length, self.progress.gamma, self.exponent)
                 matrix = self.operator(self.risk)  # anew: parameters may have come back
-                step = self._step_of(matrix, gradient, norm, used)
+                step = self._step_of(matrix, gradient, length, used)
                 if step is None:
                     continue
-                if not bool(step.any()):
+                if everywhere(not bool(step.any()), space.spread):
                     break  # too short to see, and more damping shortens it
                 trial = self._tried(matrix, gradient, step, float(value))
                 found, self.progress = update(
@@ -216,7 +218,7 @@ class NewtonCG(torch.optim.Optimizer):
             accepted=self.progress.steps > before.steps,
             loss=float(value),
             new_loss=new_loss,
-            gradient_norm=norm,
+            gradient_norm=length,
             damping=used,
             trials=trials,
             products=self.progress.products - before.products,
@@ -224,21 +226,21 @@ class NewtonCG(torch.optim.Optimizer):
         return value
 
     def _step_of(
-        self, matrix: LinearOperator, gradient: Tensor, norm: float, used: float
+        self, matrix: LinearOperator, gradient: Tensor, length: float, used: float
     ) -> Tensor | None:
         """The step as it is rounded; ``None`` if there is none, and more damping is needed."""
         try:
             solution, products = self._solved(matrix, -gradient, used)
         except NegativeCurvatureError as error:
             self.progress = against_negative_curvature(
-                self.progress, norm, used, error.curvature, self.exponent
+                self.progress, length, used, error.curvature, self.exponent
             )
             return None
         self.progress = replace(self.progress, products=self.progress.products + products)
         here = self.risk.space.join(list(self.risk.params.values()))
         there = here + float(self.param_groups[0]["lr"]) * solution
-        if not bool(torch.isfinite(there).all()):
-            self.progress = rejected(self.progress, norm, 0.0, self.exponent)
+        if not everywhere(bool(torch.isfinite(there).all()), self.risk.space.spread):
+            self.progress = rejected(self.progress, length, 0.0, self.exponent)
             return None
         return there - here
 
@@ -253,7 +255,8 @@ class NewtonCG(torch.optim.Optimizer):
             new_value, new_gradient = float(self.risk.value()), self.risk.gradient()
         except FloatingPointError:
             new_value, new_gradient = math.inf, torch.full_like(gradient, math.inf)
-        return Trial(gradient, step, product, value, new_value, new_gradient)
+        spread = self.risk.space.spread
+        return Trial(gradient, step, product, value, new_value, new_gradient, spread)
 
     def _solved(self, matrix: LinearOperator, b: Tensor, used: float) -> tuple[Tensor, int]:
         own = callable(getattr(matrix, "solve", None))
@@ -280,7 +283,7 @@ class NewtonCG(torch.optim.Optimizer):
         out = super().state_dict()
         out["curvlib"] = record(
             type(self).__name__,
-            list(self.risk.params.values()),
+            self._whole(),
             {"progress": asdict(self.progress), "skipped": self.skipped},
         )
         return out
@@ -292,11 +295,17 @@ class NewtonCG(torch.optim.Optimizer):
             TypeError: If it is no dictionary.
             ValueError: If it is that of another optimizer, model or version of curvlib.
         """
-        params = list(self.risk.params.values())
-        state_dict, own = require_own(state_dict, type(self).__name__, params)
+        state_dict, own = require_own(state_dict, type(self).__name__, self._whole())
         super().load_state_dict(state_dict)
         self.progress = NewtonState(**own["progress"])
         self.skipped = own["skipped"]
+
+    def _whole(self) -> list[Tensor]:
+        """Tensors of the shapes of the whole parameters."""
+        spread = self.risk.space.spread
+        if spread is None:
+            return list(self.risk.params.values())
+        return [torch.empty(part.shape, device="meta") for part in spread.slices]
 
 
 def _restore(params: list[Tensor], values: list[Tensor]) -> None:

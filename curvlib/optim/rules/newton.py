@@ -40,6 +40,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from curvlib.core.spread import Spread
+
 #: How much gamma may change from one trial to the next.
 GROWTH, SHRINKAGE, LARGEST_FALL = 4.0, 0.5, 1e-3
 #: The share of the linear prediction by which the loss must fall.
@@ -74,6 +76,7 @@ class Trial:
         value: The loss before.
         new_value: After.
         new_gradient: After, ``[P]``.
+        spread: Where ranks hold rows of the vectors, which.
     """
 
     gradient: Tensor
@@ -82,6 +85,21 @@ class Trial:
     value: float
     new_value: float
     new_gradient: Tensor
+    spread: Spread | None = None
+
+    def norm(self, vector: Tensor) -> float:
+        """The norm of a vector like these."""
+        return norm(vector, self.spread)
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """An inner product of two."""
+        own = torch.dot(a.double(), b.double())
+        return float(own if self.spread is None else self.spread.sum(own))
+
+    @property
+    def landed(self) -> bool:
+        """Whether the gradient after it is finite."""
+        return everywhere(bool(torch.isfinite(self.new_gradient).all()), self.spread)
 
 
 def init(gamma: float) -> NewtonState:
@@ -113,11 +131,12 @@ def measured_gamma(trial: Trial, exponent: float = 1.0) -> float:
         4.0
     """
     error = trial.new_gradient - trial.gradient - trial.product
-    rounding = 8.0 * torch.finfo(error.dtype).eps * max(_norm(trial.gradient), _norm(trial.product))
-    size = _norm(error)
+    length = trial.norm(trial.gradient)
+    rounding = 8.0 * torch.finfo(error.dtype).eps * max(length, trial.norm(trial.product))
+    size = trial.norm(error)
     if size <= rounding:
         return math.inf
-    return math.pow(_norm(trial.gradient), exponent) * _norm(trial.step) / size
+    return math.pow(length, exponent) * trial.norm(trial.step) / size
 
 
 def accepted(trial: Trial) -> bool:
@@ -132,13 +151,13 @@ def accepted(trial: Trial) -> bool:
         >>> accepted(Trial(g, h, 2.0 * h, 1.0, 1.5, torch.tensor([0.5])))
         False
     """
-    if not (math.isfinite(trial.new_value) and bool(torch.isfinite(trial.new_gradient).all())):
+    if not (math.isfinite(trial.new_value) and trial.landed):
         return False
-    slope = float(torch.dot(trial.gradient.double(), trial.step.double()))
+    slope = trial.dot(trial.gradient, trial.step)
     change = trial.new_value - trial.value
     noise = 16.0 * torch.finfo(trial.gradient.dtype).eps * abs(trial.value)
     if abs(change) <= noise and abs(slope) <= 4.0 * noise:
-        return _norm(trial.new_gradient) <= _norm(trial.gradient)
+        return trial.norm(trial.new_gradient) <= trial.norm(trial.gradient)
     return slope < 0.0 and change <= ARMIJO * slope
 
 
@@ -158,8 +177,8 @@ def update(
         adapt: Whether :math:`\gamma` changes after accepted steps.
     """
     if not accepted(trial):
-        size, length = _norm(trial.gradient), _norm(trial.step)
-        if bool(torch.isfinite(trial.new_gradient).all()):
+        size, length = trial.norm(trial.gradient), trial.norm(trial.step)
+        if trial.landed:
             natural = min(state.gamma, math.pow(size, exponent - 1.0) * length)
             found = max(measured_gamma(trial, exponent), LARGEST_FALL * natural)
             state = replace(state, gamma=min(state.gamma, found))
@@ -209,5 +228,12 @@ def against_negative_curvature(
     return replace(state, gamma=gamma, rejected=state.rejected + 1)
 
 
-def _norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector.double()))
+def norm(vector: Tensor, spread: Spread | None = None) -> float:
+    """The norm in float64, of all ranks' rows together where they hold rows of a vector."""
+    own = torch.linalg.vector_norm(vector.double())
+    return float(own if spread is None else spread.sum(own.square()).sqrt())
+
+
+def everywhere(true: bool, spread: Spread | None) -> bool:
+    """Whether something is true of all ranks' rows."""
+    return true if spread is None else not spread.most(float(not true))
