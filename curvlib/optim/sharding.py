@@ -62,7 +62,8 @@ class Sharding:
             if not is_sharded(p):
                 raise ValueError(
                     f"{UNFOLLOWED}: parameter {i} is whole on every rank beside sharded ones; "
-                    "leave it out, or shard it too (no ignored_params= of fully_shard)"
+                    "leave it out, or shard it too (no ignored_params= of fully_shard; after a "
+                    "forward pass without a backward pass, call model.reshard())"
                 )
         mesh = params[0].device_mesh
         if process_group is None and mesh.ndim == 1:

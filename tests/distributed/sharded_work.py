@@ -32,7 +32,6 @@ from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.mfac_operator import MFAC
 from curvlib.operators.window import Window
-from curvlib.optim import AdaHessian, NewtonCG
 from curvlib.rates.batch_sharpness import batch_sharpness
 from tests.cases import build
 from tests.distributed.work import F64, batches, net, uneven
@@ -415,8 +414,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "block_size": lambda: cl.mfac(b[None], space=risk.space, block_size=2),
         "window of a space": lambda: MFAC(Window(risk.space.size, 2), space=risk.space),
         "window's file": lambda: window.window.save("window.safetensors"),
-        "newton": lambda: NewtonCG(risk),
-        "optimizer": lambda: AdaHessian(model.parameters()),
         "prune": lambda: cl.prune(model, risk, 0.5),
         "rates": lambda: batch_sharpness(risk, 1),
         "influence": lambda: Influence.of(risk),
@@ -432,10 +429,10 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "value not finite": lambda: not_finite(value=True),
         "broken data": broken_data,
     }
-    return {name: _said(call) for name, call in cases.items()}
+    return {name: said(call) for name, call in cases.items()}
 
 
-def _said(call: Callable[[], Any]) -> str:
+def said(call: Callable[[], Any]) -> str:
     try:
         return f"nothing: {call()!r}"
     except Exception as error:  # noqa: BLE001 (what it says is looked at)
@@ -853,4 +850,4 @@ def left_alone(rank: int, size: int) -> str:
     Group.joined = joined  # type: ignore[method-assign]
     H @ b
     fatal = 2 * passed[0] - 1  # the last but one of the next product
-    return _said(lambda: H @ b)
+    return said(lambda: H @ b)

@@ -147,8 +147,6 @@ REFUSED = {
     "block_size": "leave block_size= out",
     "window of a space": "make the window with curvlib.mfac_window",
     "window's file": "save each process's state_dict() to a file of its own",
-    "newton": "NewtonCG needs them whole",
-    "optimizer": "parameter 0 of the group is a DTensor",
     "prune": "pruning needs them whole",
     "rates": "this measurement needs them whole",
     "influence": "influence needs them whole",
