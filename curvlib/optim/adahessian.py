@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curvlib.core.sharded import UNFOLLOWED
 from curvlib.optim import arguments
+from curvlib.optim.gradients import Gradients
 from curvlib.optim.probed import probed_products
 from curvlib.optim.rules.adahessian import (
     ESTIMANDS,
@@ -30,7 +31,7 @@ from curvlib.optim.rules.adahessian import (
     move,
     reading,
 )
-from curvlib.optim.shell import CurvatureOptimizer, Gradients
+from curvlib.optim.shell import CurvatureOptimizer
 
 
 class AdaHessian(CurvatureOptimizer):

@@ -23,6 +23,44 @@ def listed_group(group: Any) -> Any:
     return {**group, "params": [members] if isinstance(members, Tensor) else list(members)}
 
 
+def listed(params: Iterable[Any], method: str) -> Iterable[Any]:
+    """Parameters, or groups whose members are lists.
+
+    Args:
+        params: What a user passed.
+        method: Name of the optimizer's class.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(params, Tensor):
+        return params  # about which PyTorch complains itself
+    found = [listed_group(p) for p in params]
+    sizes = [len(p.get("params", "?")) if isinstance(p, dict) else 1 for p in found]
+    if not any(sizes):
+        raise ValueError(
+            f"{method} got no parameters; pass model.parameters(), or groups of which one has some"
+        )
+    return found
+
+
+def checked_group(group: dict[str, Any], known: set[int]) -> dict[str, Any]:
+    """A parameter group whose members are a list of real floating-point tensors, each once.
+
+    Args:
+        group: What a user passed.
+        known: ``id`` of parameters that are there already; grows.
+
+    Raises:
+        TypeError: If one is an integer or complex tensor.
+        ValueError: If one is there twice.
+    """
+    group = listed_group(group)
+    if "params" in group:
+        require_parameters(group["params"], known)
+    return group
+
+
 def require_parameters(members: list[Any], known: set[int]) -> None:
     """Requires real floating-point tensors, each of them once.
 

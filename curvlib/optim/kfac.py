@@ -22,7 +22,7 @@ from curvlib.operators.coverage import Coverage
 from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
-from curvlib.optim.gradients import finite
+from curvlib.optim.gradients import Gradients, finite
 from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_curvature import LayerCurvature, advanced
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
@@ -30,7 +30,7 @@ from curvlib.optim.layer_watch import LayerWatch, none_seen
 from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
 from curvlib.optim.persistence import restored
 from curvlib.optim.rules.kfac import kl_scale
-from curvlib.optim.shell import CurvatureOptimizer, Gradients
+from curvlib.optim.shell import CurvatureOptimizer
 
 _FISHERS = ("empirical", "mc")
 _SHARING = ("expand", "reduce")

@@ -57,8 +57,9 @@ from curvlib.core.spread import Spread
 from curvlib.operators.gradient_window import GradientWindow, Prepared, require_followed
 from curvlib.operators.window_arguments import require_dtype
 from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, number, positive
+from curvlib.optim.gradients import Gradients
 from curvlib.optim.rules import mfac as rule
-from curvlib.optim.shell import CurvatureOptimizer, Gradients
+from curvlib.optim.shell import CurvatureOptimizer
 
 
 @dataclass(frozen=True, eq=False)

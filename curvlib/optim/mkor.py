@@ -35,7 +35,7 @@ from curvlib.operators.layer_recorder import LayerRecorder
 from curvlib.operators.layer_vectors import Signs, row_sums, summable, zero_sums
 from curvlib.operators.recorded import Recorded
 from curvlib.optim import arguments
-from curvlib.optim.gradients import finite
+from curvlib.optim.gradients import Gradients, finite
 from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_inverses import (
     LayerInverses,
@@ -47,7 +47,7 @@ from curvlib.optim.layer_watch import LayerWatch, none_seen
 from curvlib.optim.persistence import restored
 from curvlib.optim.rules.hybrid import HybridState, Trials
 from curvlib.optim.rules.hybrid import update as judged
-from curvlib.optim.shell import CurvatureOptimizer, Gradients
+from curvlib.optim.shell import CurvatureOptimizer
 
 _STATISTICS = ("signs", "mean")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)

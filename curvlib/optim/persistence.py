@@ -8,6 +8,7 @@ reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,26 @@ def load(
         raise
     opt.clock = Clock(**own["clock"])
     opt.skipped, opt.seed = own["skipped"], own["seed"]
+
+
+def picklable(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of an optimizer without what cannot be copied, or belongs to others.
+
+    Those are wrappers of PyTorch and of schedulers, process groups, and slices of parameters, which
+    a copy finds in its own.
+    """
+    left = ("step", "_zero_grad_profile_name", "process_group", "sharding")
+    own = {k: v for k, v in attributes.items() if not k.startswith("_optimizer_")}
+    return {k: v for k, v in own.items() if k not in left}
+
+
+def copied(opt: CurvatureOptimizer, memo: dict[int, Any]) -> CurvatureOptimizer:
+    """A deep copy, with the same process group."""
+    twin = type(opt).__new__(type(opt))
+    memo[id(opt)] = twin
+    twin.__setstate__(deepcopy(opt.__getstate__(), memo))
+    twin.process_group = opt.process_group
+    return twin
 
 
 def record(method: str, params: Sequence[Tensor], content: Mapping[str, Any]) -> dict[str, Any]:

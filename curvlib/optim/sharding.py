@@ -125,6 +125,15 @@ class Sharding:
             self.active = False
         self.take_gradients()
 
+    def require_active(self) -> None:
+        """Raises RuntimeError where a loss went through FSDP2's own passes."""
+        if not self.active:
+            raise RuntimeError(
+                "FSDP2's hooks free parameters that second derivatives need, and this step reads "
+                "curvature; use opt.step(lambda: loss), or compute the loss and call "
+                "opt.backward(loss) in a block: with opt.gathering(): ..."
+            )
+
     def take_gradients(self) -> None:
         """Adds the gradients of slices, sums over ranks, to ``.grad``, which holds means."""
         for p, place in self._held.values():
@@ -177,6 +186,29 @@ class Sharding:
             return value
         first, last = place.slices.bounds(self.group.rank, self.group.size)
         return value.narrow(axis, first, last - first)
+
+
+def sharding_of(
+    params: Sequence[Tensor], process_group: dist.ProcessGroup | None, needs: str = ""
+) -> Sharding | None:
+    """The slices of an optimizer's parameters; ``None`` if they are whole.
+
+    Args:
+        params: The parameters.
+        process_group: What the user passed for it.
+        needs: Name of a method that needs them whole.
+
+    Raises:
+        ValueError: If they are cut in a way that is not followed.
+    """
+    cut = [i for i, p in enumerate(params) if is_sharded(p)]
+    if cut and needs:
+        raise ValueError(
+            f"{UNFOLLOWED}: parameter {cut[0]} is a DTensor, and {needs} needs it whole; wrap the "
+            "model in DistributedDataParallel, or use AdaHessian, Sophia, MFAC, or NewtonCG on a "
+            "risk"
+        )
+    return Sharding(params, process_group) if cut else None
 
 
 def modules_of(params: Iterable[Tensor]) -> nn.ModuleList:

@@ -26,9 +26,9 @@ scale)`` for the value of each loss; and for methods that watch the user's own p
 ``_prepare()``, before the passes of each step (and for new, copied and loaded optimizers),
 ``_collect()``, before gradients are read, and ``_forget()``, when they are set to zero.
 
-A method that sets ``follows_shards`` takes sharded parameters too: it writes to ``self.own(p)``,
-this rank's slice, of whose shape gradients, curvature and state are; what it sums over entries it
-sums over ranks (``self.sharding``), and what it decides it decides with them (``self.finite``).
+A method that sets ``follows_shards`` takes sharded parameters: it writes to ``self.own(p)``, this
+rank's slice, of whose shape gradients, curvature and state are, and sums and decides with all ranks
+(``self.sharding``, ``self.finite``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +45,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvlib.core.sharded import UNFOLLOWED, is_sharded
 from curvlib.operators.live_loss import accumulate_gradient, require_live
 from curvlib.optim.arguments import flag
 from curvlib.optim.clock import Clock
@@ -54,18 +52,16 @@ from curvlib.optim.gradients import (
     Gradients,
     accumulate,
     accumulated,
+    checked_group,
     finite,
     gradients_of,
-    listed_group,
+    listed,
     positive_scale,
-    require_parameters,
     versions,
 )
-from curvlib.optim.persistence import load, saved
+from curvlib.optim.persistence import copied, load, picklable, saved
 from curvlib.optim.replicas import average_gradients, size_of, sum_over_ranks
-from curvlib.optim.sharding import Sharding
-
-__all__ = ["CurvatureOptimizer", "Gradients"]
+from curvlib.optim.sharding import Sharding, sharding_of
 
 
 class CurvatureOptimizer(Optimizer, ABC):
@@ -88,8 +84,8 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     Raises:
         TypeError: If parameters are no real floating-point tensors.
-        ValueError: If there are none, if one is there twice, or for bad hyper-parameters; or if
-            they are sharded in a way that the method does not follow.
+        ValueError: If there are none, if one is there twice, or for bad hyper-parameters or
+            shardings.
     """
 
     #: Whether the method steps slices of parameters.
@@ -115,15 +111,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         self._backwards = 0
         self._seen: weakref.ref[Tensor] | None = None
         self._built = False
-        if not isinstance(params, Tensor):  # about which PyTorch complains itself
-            params = [listed_group(p) for p in params]
-            sizes = [len(p.get("params", "?")) if isinstance(p, dict) else 1 for p in params]
-            if not any(sizes):
-                raise ValueError(
-                    f"{type(self).__name__} got no parameters; pass model.parameters(), or groups "
-                    "of which one has some"
-                )
-        super().__init__(params, {"maximize": False, **defaults})
+        super().__init__(listed(params, type(self).__name__), {"maximize": False, **defaults})
         self._built = True
         self._prepare()
 
@@ -136,10 +124,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         return False
 
     def _observe(self, loss: Tensor, scale: float) -> list[Tensor | None] | None:
-        """Adds curvature of a loss to ``self.pending``; the gradients, if they came with it.
-
-        Methods that are never due have none.
-        """
+        """Adds curvature of a loss to ``self.pending``; the gradients, if they came with it."""
 
     @abstractmethod
     def _update(self, gradients: Gradients) -> bool | None:
@@ -215,10 +200,8 @@ class CurvatureOptimizer(Optimizer, ABC):
             TypeError: If parameters are no real floating-point tensors.
             ValueError: If one is there already, or for bad hyper-parameters.
         """
-        param_group = listed_group(param_group)
-        if "params" in param_group:
-            require_parameters(param_group["params"], {id(p) for _, p, _ in self.parameters()})
-        super().add_param_group(param_group)
+        known = {id(p) for _, p, _ in self.parameters()}
+        super().add_param_group(checked_group(param_group, known))
         before = (self.clock, self.sharding)
         self.clock = replace(self.clock, age=None)
         try:
@@ -234,32 +217,17 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     def _shard(self) -> None:
         params = [p for _, p, _ in self.parameters()]
-        sharded = [i for i, p in enumerate(params) if is_sharded(p)]
-        if not sharded:
-            return
-        if not self.follows_shards:
-            raise ValueError(
-                f"{UNFOLLOWED}: parameter {sharded[0]} is a DTensor, and {type(self).__name__} "
-                "needs it whole; wrap the model in DistributedDataParallel, or use AdaHessian, "
-                "Sophia, MFAC, or NewtonCG on a risk"
-            )
-        self.sharding = Sharding(params, self.process_group)
-        self.process_group = self.sharding.process_group
+        needs = "" if self.follows_shards else type(self).__name__
+        self.sharding = sharding_of(params, self.process_group, needs)
+        if self.sharding is not None:
+            self.process_group = self.sharding.process_group
 
     # ------------------------------------------------------------------- loss and step
     def gathering(self) -> AbstractContextManager[None]:
         """A block for a loss whose curvature is read, and its backward pass, in one's own loop.
 
-        ``step(closure)`` enters it by itself. Nothing happens unless parameters are sharded; then
+        ``step(closure)`` enters it by itself. It does nothing unless parameters are sharded: then
         FSDP2's hooks are off within, so that second derivatives exist. Ranks enter it together.
-
-        Example:
-            >>> from curvlib.optim import AdaHessian
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = AdaHessian(model.parameters())
-            >>> with opt.gathering():
-            ...     opt.backward(model(torch.ones(3, 2)).square().mean())
-            >>> opt.step()
         """
         return nullcontext() if self.sharding is None else self.sharding.gathering()
 
@@ -275,8 +243,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         Raises:
             TypeError: If the loss is no tensor.
             ValueError: If it is no scalar or has no graph.
-            RuntimeError: If it has no second derivative, where the method needs one; or if
-                parameters are sharded, and its curvature is read outside :meth:`gathering`.
+            RuntimeError: If it has no second derivative, where the method needs one, or if
+                parameters are sharded and a step that is due is outside :meth:`gathering`.
         """
         self._gather(require_live(loss), positive_scale(scale), keep=True)
 
@@ -296,8 +264,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         Raises:
             TypeError: If the loss is no tensor.
             ValueError: If it is no scalar or has no graph.
-            RuntimeError: If it has no second derivative, where the method needs one; or if
-                parameters are sharded, and its curvature is read outside :meth:`gathering`.
+            RuntimeError: If it has no second derivative, where the method needs one, or if
+                parameters are sharded and a step that is due is outside :meth:`gathering`.
         """
         found = self._gather(require_live(loss), positive_scale(scale), keep=False)
         if found is None:
@@ -382,12 +350,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         if self._seen is not None and self._seen() is loss:
             return None
         due = self._due()
-        if due and self.sharding is not None and not self.sharding.active:
-            raise RuntimeError(
-                "FSDP2's hooks free parameters that second derivatives need, and this step reads "
-                "curvature; use opt.step(lambda: loss), or compute the loss and call "
-                "opt.backward(loss) in a block: with opt.gathering(): ..."
-            )
+        if due and self.sharding is not None:
+            self.sharding.require_active()
         self.keep_graph = keep
         try:
             found = self._observe(loss, scale) if due else None
@@ -422,11 +386,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {k: v for k, v in vars(self).items() if not k.startswith("_optimizer_")}
-        own["_seen"] = None
-        for name in ("step", "_zero_grad_profile_name", "process_group", "sharding"):
-            own.pop(name, None)  # a scheduler's wrapper of step; groups cannot be copied
-        return {**own, **super().__getstate__()}
+        return {**picklable(vars(self)), **super().__getstate__(), "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -436,8 +396,4 @@ class CurvatureOptimizer(Optimizer, ABC):
         self._prepare()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(deepcopy(self.__getstate__(), memo))
-        twin.process_group = self.process_group
-        return twin
+        return copied(self, memo)

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from curvlib.operators.live_fisher import sampled_root
 from curvlib.optim import arguments
+from curvlib.optim.gradients import Gradients
 from curvlib.optim.probed import probed_products
 from curvlib.optim.rules.sophia import SophiaState, SophiaStep, init, update
-from curvlib.optim.shell import CurvatureOptimizer, Gradients
+from curvlib.optim.shell import CurvatureOptimizer
 from curvlib.optim.target_draws import TargetDraws
 
 ESTIMATORS = ("gauss_newton", "hutchinson")
