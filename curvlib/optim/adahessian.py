@@ -71,6 +71,11 @@ class AdaHessian(CurvatureOptimizer):
             type.
         ValueError: If there are no parameters, one is there twice, or an argument is out of range.
 
+    Parameters may be sharded (FSDP2), unless blocks would be cut: each rank then steps its slices,
+    and a loss whose curvature is read comes from the closure, or from a block ``with
+    opt.gathering():``. With :math:`K` probes such a pass sends the parameters about :math:`3 + 4 K`
+    times (3 in FSDP2's own).
+
     A parameter that got its first gradient between two curvature updates waits for the next.
 
     Example:

@@ -111,7 +111,8 @@ class MFAC(CurvatureOptimizer):
         maximize: Whether to ascend.
         process_group: Replicas of data-parallel training; see
             :class:`~curvlib.optim.shell.CurvatureOptimizer`. Each holds the whole window; of
-            sharded parameters (FSDP2), its slices of all rows.
+            sharded parameters (FSDP2), its slices of all rows: then a step sends ``m`` numbers for
+            the row, and one for each norm.
 
     Raises:
         TypeError: If a parameter or a setting is of the wrong type.

@@ -68,6 +68,9 @@ class Sophia(CurvatureOptimizer):
             type.
         ValueError: If there are no parameters, one is there twice, or an argument is out of range.
 
+    Parameters may be sharded (FSDP2): each rank then steps its slices, and a loss whose curvature
+    is read comes from the closure, or from a block ``with opt.gathering():``.
+
     A ``backward`` or ``observe`` that takes Gauss-Newton curvature raises ValueError for losses
     that are no likelihood it knows, and names the operation. Models under ``torch.compile`` need
     ``torch._functorch.config.donated_buffer = False`` for it: their graph is used twice.

@@ -21,7 +21,16 @@ import curvlib as cl
 from curvlib.core.sharded import reshard
 from curvlib.optim import KFAC, MFAC, MKOR, AdaHessian, NewtonCG, Sophia
 from curvlib.optim.shell import CurvatureOptimizer
-from tests.distributed.sharded_work import cut_net, few, mesh, said, sharded_net
+from tests.distributed.sharded_work import (
+    counted,
+    cut_net,
+    deep_net,
+    few,
+    mesh,
+    said,
+    sharded_net,
+    transferred,
+)
 from tests.distributed.work import F64, net
 
 STEPS = 4
@@ -282,6 +291,28 @@ def checkpointed(rank: int, size: int, folder: str, writes: bool) -> dict[str, T
         for batch in steps[2:]:
             by_closure(opt, model, batch)
         found[name] = weights(model)
+    return found
+
+
+def sent(rank: int, size: int) -> dict[str, Any]:
+    """How often steps send the parameters, and how many numbers each of their sums has."""
+    found = {}
+    for name, build in {
+        "one": lambda params: AdaHessian(params, lr=1e-3),
+        "two": lambda params: AdaHessian(params, lr=1e-3, probes=2),
+        "mfac": lambda params: MFAC(params, size=5),
+    }.items():
+        model = deep_net()
+        for layer in model:
+            fully_shard(layer, mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        opt, batch = build(model.parameters()), (torch.ones(4, 8, dtype=F64), torch.arange(4))
+        by_closure(opt, model, batch)
+        numbers: list[int] = []
+        sums: list[int] = []
+        with transferred(numbers), counted(sums):
+            by_closure(opt, model, batch)
+        found[name] = (sum(numbers) / sum(p.numel() for p in model.parameters()), sums)
     return found
 
 

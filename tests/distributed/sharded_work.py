@@ -582,7 +582,7 @@ def footprint(rank: int, size: int) -> dict[str, Any]:
         "ggn": lambda: cl.ggn(risk) @ b,
     }.items():
         numbers: list[int] = []
-        with _sent(numbers):
+        with transferred(numbers):
             work()
         sent[name] = sum(numbers) / risk.space.total
     after = _state(model)
@@ -627,7 +627,7 @@ def _trains(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _sent(numbers: list[int]) -> Iterator[None]:
+def transferred(numbers: list[int]) -> Iterator[None]:
     """Notes the numbers of each gathering of slices, and each sum into them."""
     plain = Group.joined, Group.own_sum
 

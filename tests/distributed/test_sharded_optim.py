@@ -59,6 +59,14 @@ def test_distributed_checkpoints_go_on_with_any_number_of_ranks(tmp_path: Path) 
     require_alike([alone], {name: ends[name] for name in alone})
 
 
+def test_what_steps_send() -> None:
+    for found in on_ranks(WORK + "sent", 2):
+        assert 6 < found["one"][0] <= 3 + 4
+        assert 9 < found["two"][0] <= 3 + 4 * 2
+        # M-FAC: FSDP2's pass; whether all is finite, the row's norm, two products, another norm
+        assert found["mfac"] == (0, [1, 1, 2, 1])
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_newton_steps_are_those_of_one_process(size: int) -> None:
     expected = work.newton(0, 1)
