@@ -169,6 +169,18 @@ def reentrant(output: Tensor) -> bool:
     return any(node.name().startswith("CheckpointFunction") for node in _nodes([output]))
 
 
+def ends_in(output: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether a graph ends in one of some leaves.
+
+    Example:
+        >>> a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
+        >>> ends_in(2 * a, [a, b]), ends_in(2 * a, [b])
+        (True, False)
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    return any(id(getattr(node, "variable", None)) in wanted for node in _nodes([output]))
+
+
 def _nodes(outputs: Sequence[Tensor]) -> Iterator[Node]:
     """The nodes of a graph."""
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None]

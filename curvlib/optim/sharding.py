@@ -11,7 +11,8 @@ by the slices gives sums over ranks, to any order; a ``MixedPrecisionPolicy`` is
 All other passes are FSDP2's own.
 
 In ``state_dict()``, what is cut like a parameter is a ``DTensor`` too, so that
-``torch.distributed.checkpoint`` writes each rank's slice, and any number of ranks reads them.
+``torch.distributed.checkpoint`` writes each rank's slice, and any number of ranks reads them (into
+an optimizer that has taken a step, so that there is room).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from curvlib.core.sharded import (
     slice_of,
 )
 from curvlib.core.spread import Spread
+from curvlib.operators.graphs import ends_in, reentrant
 
 
 class Sharding:
@@ -121,13 +123,17 @@ class Sharding:
         try:
             with gathering(model, {key: place for key, (_, place) in self._held.items()}):
                 yield
+        except BaseException:
+            self.forget_gradients()
+            raise
         finally:
             self.active = False
         self.take_gradients()
 
-    def require_active(self) -> None:
-        """Raises RuntimeError where a loss went through FSDP2's own passes."""
-        if not self.active:
+    def require_gathered(self, loss: Tensor) -> None:
+        """Raises RuntimeError if a loss went through FSDP2's own passes, or its block has ended."""
+        own = [place.leaf for _, place in self._held.values()]
+        if not self.active or not (ends_in(loss, own) or reentrant(loss)):
             raise RuntimeError(
                 "FSDP2's hooks free parameters that second derivatives need, and this step reads "
                 "curvature; use opt.step(lambda: loss), or compute the loss and call "

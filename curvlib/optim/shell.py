@@ -351,7 +351,7 @@ class CurvatureOptimizer(Optimizer, ABC):
             return None
         due = self._due()
         if due and self.sharding is not None:
-            self.sharding.require_active()
+            self.sharding.require_gathered(loss)
         self.keep_graph = keep
         try:
             found = self._observe(loss, scale) if due else None

@@ -365,7 +365,19 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         state["state"] = {0: {"momentum": turned}}
         opt.load_state_dict(state)
 
+    def late() -> None:
+        loss = loss_of(model, batch)
+        with sophia.gathering():
+            sophia.backward(loss)
+
+    def failing() -> None:
+        with opt.gathering():
+            opt.backward(loss_of(model, batch))
+            raise OSError("the disk is gone")
+
     cases: dict[str, Callable[[], Any]] = {
+        "late": late,
+        "failing": failing,
         "backward": lambda: outside("backward"),
         "observe": lambda: outside("observe"),
         "sophia": lambda: sophia.backward(loss_of(model, batch)),
@@ -385,7 +397,9 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     for name, call in cases.items():
         found[name] = said(call)
         reshard(model)
-    by_closure(opt, model, batch)  # nothing of this did harm
+    opt.step()  # nothing of this did harm, or left a gradient
+    assert opt.clock.steps == opt.skipped == 0
+    by_closure(opt, model, batch)
     assert len(opt.param_groups) == 1
     return found
 
