@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from curvlib.core.bundles import Bundle, bundled, gather
+from curvlib.core.dtensors import is_fsdp, is_sharded, slice_of
 from curvlib.core.group import Group
 from curvlib.core.slices import Slices
 from curvlib.core.spread import Spread
@@ -65,11 +66,6 @@ class Place:
     leaf: Tensor
     slices: Slices
     group: Group | None
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a ``DTensor``."""
-    return dist.is_available() and isinstance(tensor, _dtensor())
 
 
 def has_sharded(model: nn.Module) -> bool:
@@ -115,15 +111,6 @@ def follow(param: Tensor, place: Place) -> None:
     own = slice_of(param)
     if own.data_ptr() != place.leaf.data_ptr():
         place.leaf.data = own
-
-
-def slice_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a ``DTensor``, which shares its memory; others as they are."""
-    if not is_sharded(tensor):
-        return tensor
-    with torch.no_grad():
-        own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return own.detach()
 
 
 def spread_of(params: Mapping[str, Tensor], places: Mapping[int, Place]) -> Spread | None:
@@ -198,11 +185,14 @@ class Regather(TorchFunctionMode):
 
     Attributes:
         saved: Bytes that graphs have saved.
+        used: Parameters that functions took, by ``id``. Others of their bundles have gradients too,
+            of zeros.
     """
 
     def __init__(self, places: Mapping[int, Place]) -> None:
         super().__init__()
         self.saved = 0
+        self.used: set[int] = set()
         self.suspended = False  # by torch.autograd.grad, as modes are while a function runs
         self._whole: dict[StorageWeakRef, _Member] = {}  # gathered tensors that are alive, or were
         self._kept = _Kept()
@@ -270,6 +260,7 @@ class Regather(TorchFunctionMode):
         place = self._places.get(id(item)) if isinstance(item, Tensor) else None
         if place is None:
             return item
+        self.used.add(id(item))
         if place.group is None:
             return place.leaf
         member = self._members[id(item)]
@@ -389,18 +380,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if is_fsdp(module):
             module.reshard()  # type: ignore[operator]
-
-
-def is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers parameters for a module."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
-
-
-def _dtensor() -> type:
-    from torch.distributed.tensor import DTensor
-
-    return DTensor

@@ -52,7 +52,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.core.sharded import is_sharded
+from curvlib.core.dtensors import is_sharded
 from curvlib.core.spread import Spread
 from curvlib.operators.gradient_window import GradientWindow, Prepared, require_followed
 from curvlib.operators.window_arguments import require_dtype

@@ -25,18 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from curvlib.core.dtensors import is_fsdp, is_sharded, slice_of
 from curvlib.core.group import group_of
-from curvlib.core.sharded import (
-    UNFOLLOWED,
-    Place,
-    follow,
-    gathering,
-    is_fsdp,
-    is_sharded,
-    place_of,
-    places_of,
-    slice_of,
-)
+from curvlib.core.sharded import UNFOLLOWED, Place, follow, gathering, place_of, places_of
 from curvlib.core.spread import Spread
 from curvlib.operators.graphs import ends_in, reentrant
 
@@ -75,6 +66,7 @@ class Sharding:
         self.params = list(params)
         self.places = [place_of(str(i), p, self.group) for i, p in enumerate(params)]
         self.active = False
+        self._used: set[int] = set()  # by the last block
         # with what else the model has, once it is known
         self._held = {id(p): (p, place) for p, place in zip(params, self.places, strict=True)}
 
@@ -99,7 +91,16 @@ class Sharding:
         return true if self.group is None else not self.group.most([float(not true)])[0]
 
     def follow(self) -> None:
-        """Finds slices again whose memory FSDP2 has moved, and takes over gradients."""
+        """Finds slices again whose memory FSDP2 has moved, and takes over gradients.
+
+        Raises:
+            RuntimeError: If passes gather parameters, which would not be seen to change.
+        """
+        if self.active:
+            raise RuntimeError(
+                "a step changes parameters that this block has gathered; end it before the step: "
+                "with opt.gathering(): opt.backward(loss_of(model)), and then opt.step()"
+            )
         for p, place in self._held.values():
             follow(p, place)
         self.take_gradients()
@@ -121,7 +122,8 @@ class Sharding:
             place.leaf.requires_grad_(p.requires_grad)
         self.active = True
         try:
-            with gathering(model, {key: place for key, (_, place) in self._held.items()}):
+            with gathering(model, {key: place for key, (_, place) in self._held.items()}) as mode:
+                self._used = mode.used
                 yield
         except BaseException:
             self.forget_gradients()
@@ -144,8 +146,8 @@ class Sharding:
         """Adds the gradients of slices, sums over ranks, to ``.grad``, which holds means."""
         for p, place in self._held.values():
             total, place.leaf.grad = place.leaf.grad, None
-            if total is None:
-                continue
+            if total is None or id(p) not in self._used:
+                continue  # of what is gathered with others, zeros come back
             mean = total if self.group is None else total / self.group.size
             if p.grad is None:
                 p.grad = _shared(p, place, mean, 0)

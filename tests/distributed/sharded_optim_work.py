@@ -55,13 +55,14 @@ BUILDS: dict[str, Build] = {
 
 
 class Small(nn.Module):
-    """Convolutions, a checkpointed block, and slices that some ranks have nothing of."""
+    """Convolutions, a checkpointed block, what is not used, and slices that some ranks lack."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv1d(2, 3, 2)
         self.block = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 1))
         self.head = nn.Linear(1, 3)
+        self.idle = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv(x.view(len(x), 2, 4)).tanh().flatten(1)
@@ -207,7 +208,8 @@ def groups(rank: int, size: int) -> dict[str, Any]:
         with broken.gathering():
             broken.backward(loss_of(model, fourth))
         if rank == size - 1:  # where it has no entry of it, a rank has the first of another
-            own = next(g for q in model.parameters() if (g := local(q.grad)).numel())
+            grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+            own = next(g for g in grads if g.numel())
             own.view(-1)[0] = float("nan")
         broken.step()
         assert broken.skipped == 1
@@ -370,6 +372,10 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         with sophia.gathering():
             sophia.backward(loss)
 
+    def within() -> None:
+        with opt.gathering():
+            opt.step(lambda: loss_of(model, batch))
+
     def failing() -> None:
         with opt.gathering():
             opt.backward(loss_of(model, batch))
@@ -378,6 +384,7 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     cases: dict[str, Callable[[], Any]] = {
         "late": late,
         "failing": failing,
+        "within": within,
         "backward": lambda: outside("backward"),
         "observe": lambda: outside("observe"),
         "sophia": lambda: sophia.backward(loss_of(model, batch)),
