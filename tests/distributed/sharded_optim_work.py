@@ -218,7 +218,26 @@ def groups(rank: int, size: int) -> dict[str, Any]:
     by_closure(opt, model, last)
     held = {id(p) for p in model.parameters()}
     assert all(id(p) in held for _, p, _ in opt.parameters())
-    return {"weights": weights(model)}
+    return {"weights": weights(model), "mfac": widened(rank, size)}
+
+
+def widened(rank: int, size: int) -> Tensor:
+    """Rows of which some ranks have no entry, then of a further parameter, then restored."""
+    model: Any = small(size)
+    model.requires_grad_(False)
+    model.block[2].requires_grad_(True)
+    opt = MFAC(model.parameters(), size=3)
+    first, second, third, last = data(rank, size)
+    by_closure(opt, model, first)
+    assert size == 1 or rank == 0 or opt.windows[0].length == 0
+    model.conv.requires_grad_(True)
+    by_closure(opt, model, second)
+    by_closure(opt, model, third)
+    again = MFAC(model.parameters(), size=3)
+    again.load_state_dict(opt.state_dict())
+    by_closure(again, model, last)
+    assert again.windows[0].count == 3
+    return weights(model)
 
 
 def local(tensor: Any) -> Tensor:
