@@ -40,9 +40,15 @@ Build = Callable[[Any], CurvatureOptimizer]
 BUILDS: dict[str, Build] = {
     "adahessian": lambda params: AdaHessian(params, lr=0.02, interval=2),
     "diagonal": lambda params: AdaHessian(
-        params, lr=0.01, eps=0.1, weight_decay=0.01, estimand="diagonal", interval=3, probes=2
+        params,
+        lr=0.01,
+        eps=0.1,
+        weight_decay=0.01,
+        estimand="diagonal",
+        interval=3,
+        probes=2,
+        foreach=True,
     ),
-    "paper": lambda params: AdaHessian(params, lr=0.02, foreach=True),
     "sophia-g": lambda params: Sophia(params, lr=0.01, rho=1.0, interval=3, probes=2),
     "sophia-h": lambda params: Sophia(
         params, lr=0.01, rho=0.5, estimator="hutchinson", interval=2, correct_bias=True
@@ -181,7 +187,7 @@ def trained(rank: int, size: int) -> dict[str, Tensor]:
             found[f"{name}, {way.__name__}, clipped"] = torch.tensor(opt.clipped)
     model = net() if size == 1 else cut_net()  # without FSDP: passes gather in all steps
     opt = AdaHessian(model.parameters(), lr=0.02)
-    for x, y in data(rank, size):
+    for x, y in data(rank, size, 2):
         opt.step(lambda x=x, y=y: loss_of(model, (x[:, :4], y)))  # type: ignore[misc]
     return found | {"cut": weights(model)}
 
