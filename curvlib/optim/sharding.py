@@ -227,10 +227,18 @@ def modules_of(params: Iterable[Tensor]) -> nn.ModuleList:
     every: list[Any] = [module for module in list(_module_state_mapping) if is_fsdp(module)]
     own = set()
     for module in every:
-        groups = module._get_fsdp_state()._fsdp_param_groups
-        if any(id(p.sharded_param) in wanted for group in groups for p in group.fsdp_params):
+        if any(id(p.sharded_param) in wanted for p in _fsdp_params(module)):
             own.add(module)
     return nn.ModuleList([module for module in every if own & set(module.modules())])
+
+
+def _fsdp_params(module: Any) -> list[Any]:
+    """What FSDP2 itself manages of a module: in one group, or since torch 2.13 in several."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [p for group in groups if group is not None for p in group.fsdp_params]
 
 
 def _shared(param: Any, place: Place, value: Any, lead: int) -> Any:
