@@ -49,7 +49,7 @@ class Watch:
         calls: How many collective calls this rank has begun in the present pass.
         failures: How many failures all ranks alike have had in it, and gone on.
         active: Whether there is a present pass.
-        told: What another rank has told in it.
+        told: Why it has failed, on this rank or another one.
     """
 
     token: str = ""
@@ -57,7 +57,7 @@ class Watch:
     calls: int = 0
     failures: int = 0
     active: bool = False
-    told: NoAnswerError | None = field(default=None, repr=False)
+    told: Exception | None = field(default=None, repr=False)
 
     def wait(self, group: Group, work: Any, kind: str, sent: Tensor) -> None:
         """Waits for a call, unless another rank has failed that will not make it.
@@ -83,7 +83,8 @@ class Watch:
         every = self._exchanged(group, {"waits": call})
         if all(every):
             work.wait(timedelta(seconds=PATIENCE))
-        rank, text = next((r, one["failed"]) for r, one in enumerate(every) if "failed" in one)
+        failed = [(r, one["failed"]) for r, one in enumerate(every) if "failed" in one]
+        rank, text = failed[0] if failed else ("?", "it has ended since")
         self.told = NoAnswerError(
             f"rank {rank} of {group.size} failed in a pass over its data: {text}"
         )
@@ -189,7 +190,7 @@ def _told(group: Group | None, failure: Exception) -> bool:
     except RuntimeError:  # there is nobody to tell
         alike = False
     if not alike:
-        watch.told = NoAnswerError("this pass has failed on this rank")
+        watch.told = failure
     return alike
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core import run as run_module
-from curvlib.core.files import read_record
+from curvlib.core.files import read_record, write_record
 from curvlib.core.run import run
 from tests.programs import Program
 
@@ -69,6 +69,18 @@ def _saved(path: Path) -> int:
 
 
 # ---------------------------------------------------------------------- resuming
+def test_what_a_failed_run_left_in_part_is_removed(tmp_path: Path) -> None:
+    """Of processes that save alone: see :mod:`curvlib.core.spread_files`."""
+    for content in ({"rows": {"files": ["c.1-0of2", "c.1-1of2"]}}, {}):
+        write_record(tmp_path / "c.stopped", "checkpoint", content)
+        (tmp_path / "c.1-0of2").touch()
+        assert _walk(tmp_path / "c").count == TOTAL
+        assert not (tmp_path / "c.stopped").exists()
+    (tmp_path / "c.stopped").write_bytes(b"torn")
+    _walk(tmp_path / "c")
+    assert not (tmp_path / "c.stopped").exists()
+
+
 @pytest.mark.parametrize("stop", range(1, TOTAL + 1))
 def test_an_error_loses_nothing_and_the_run_continues_bitwise(tmp_path: Path, stop: int) -> None:
     path = tmp_path / "c"
