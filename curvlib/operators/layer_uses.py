@@ -191,7 +191,7 @@ class Watcher:
         self.layers = list(layers)
         self.mask = mask
         self.alone = alone
-        named = {name: risk.params[name] for layer in layers for name in layer.names}
+        named = {name: risk.held.held[name] for layer in layers for name in layer.names}
         self.uses = WeightUses(named)
         self.calls = dict.fromkeys((layer.name for layer in layers), 0)
         self._hidden = layers_inside(self.layers)
@@ -203,26 +203,43 @@ class Watcher:
         Raises:
             ValueError: If examples depend on each other, or a batch cannot be split.
         """
-        n = example_count(batch)
-        if n == 0:
-            raise ValueError(f"batch {batch.index} has no example; leave it out")
+        n = self.examples(batch)
         if not self.alone or n == 1:
-            found = self._run(batch, counted=True)
+            found = self.run(batch, self.kept(batch))
             if n == 1 or self._recognized(found, n):
                 yield found
                 return
             self.alone = True
         for i in range(n):
-            yield self._run(one_example(batch, i), counted=True)
+            one = one_example(batch, i)
+            yield self.run(one, self.kept(one))
+
+    def examples(self, batch: Batch) -> int:
+        """How many examples a batch has.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        n = example_count(batch)
+        if n == 0:
+            raise ValueError(f"batch {batch.index} has no example; leave it out")
+        return n
 
     def _recognized(self, found: Pass, n: int) -> bool:
         """Whether the rows of all uses are known to belong to the examples as they seem to."""
-        mixed = self.uses.selects or any(use.rows(n) is None for use in found.uses)
-        signature = (n, *((use.layer, tuple(use.x.shape)) for use in found.uses))
-        if signature in self._verified and not self.uses.sorts and not mixed:
-            return True
+        return not self.unverified(found, n) or self.verified(found, n)
+
+    def unverified(self, found: Pass, n: int) -> bool:
+        """Whether it is not known yet if rows belong to the examples as they seem to."""
+        return (
+            self._signature(found, n) not in self._verified or self.uses.sorts or self._mixed(found)
+        )
+
+    def verified(self, found: Pass, n: int) -> bool:
+        """Whether rows belong to the examples as they seem to: runs the last example alone."""
         single = self._single(found.batch, n)
-        same = not mixed and [u.layer for u in single.uses] == [u.layer for u in found.uses]
+        same = not self._mixed(found)
+        same = same and [u.layer for u in single.uses] == [u.layer for u in found.uses]
         same = same and all(
             _close(_last_rows(a, n), _last_rows(b, 1))
             for a, b in zip(found.uses, single.uses, strict=True)
@@ -235,15 +252,21 @@ class Watcher:
                 "BatchNorm into eval mode, and switch off dropout (model.eval())"
             )
         if same:
-            self._verified.add(signature)
+            self._verified.add(self._signature(found, n))
         return same
+
+    def _mixed(self, found: Pass) -> bool:
+        return self.uses.selects or any(use.rows(found.examples) is None for use in found.uses)
+
+    def _signature(self, found: Pass, n: int) -> Any:
+        return (n, *((use.layer, tuple(use.x.shape)) for use in found.uses))
 
     def _single(self, batch: Batch, n: int) -> Pass:
         """The pass of the last example alone, without a graph."""
         one = one_example(batch, n - 1)
         try:
             with torch.no_grad():
-                return self._run(one, counted=False)
+                return self._run(one, None, counted=False)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"the last example of batch {batch.index} cannot go through the model alone "
@@ -251,9 +274,20 @@ class Watcher:
                 "mode (model.eval()), or let forward= take batches of one example"
             ) from error
 
-    def _run(self, batch: Batch, *, counted: bool) -> Pass:
+    def kept(self, batch: Batch) -> Tensor | None:
+        """Which rows of a batch count, or ``None`` for all.
+
+        Raises:
+            TypeError: If the mask is no bool tensor.
+        """
+        return None if self.mask is None else row_mask(self.mask, batch.data)
+
+    def run(self, batch: Batch, kept: Tensor | None = None) -> Pass:
+        """One forward pass, whose uses are counted, where just some rows do."""
+        return self._run(batch, kept, counted=True)
+
+    def _run(self, batch: Batch, kept: Tensor | None, *, counted: bool) -> Pass:
         uses: list[Use | HiddenCall] = []
-        kept = None if self.mask is None else row_mask(self.mask, batch.data)
         n = example_count(batch)
         with self._hooked(uses, kept, n, counted=counted):
             if counted:
