@@ -9,14 +9,14 @@ beside that one layer's factors or bases whole at a time.
 For layers of ``O`` outputs and ``I`` inputs and ``c`` backward passes, of which the gradients of
 ``h`` are kept at a time (as many as ``HELD`` bytes allow), a rank sends :math:`(R - 1) / R` times
 
-=============  ==================================================================  ==============
-pass           numbers                                                             how often
-=============  ==================================================================  ==============
-both           :math:`(1 + c) \sum O I`: parameters, gathered                      for each batch
-factors        :math:`\sum (\lceil c / h \rceil O^2 + I^2)`                         for each batch
-eigenvectors   :math:`\frac 1 R \sum (O^2 + I^2)`, in float64, and again as bases     once
-eigenvalues    :math:`\lceil c / h \rceil \sum (O^2 + I^2 + O I)`                  for each batch
-=============  ==================================================================  ==============
+=============  =================================================================  ==============
+pass           numbers                                                            how often
+=============  =================================================================  ==============
+both           :math:`(1 + c) \sum O I`: parameters, gathered                     for each batch
+factors        :math:`\sum (\lceil c / h \rceil O^2 + I^2)`                        for each batch
+eigenvectors   :math:`\frac 1 R \sum (O^2 + I^2)` in float64, and again as bases  once
+eigenvalues    :math:`\lceil c / h \rceil \sum (O^2 + I^2 + O I)`                 for each batch
+=============  =================================================================  ==============
 
 A rank that has fewer batches, examples or directions than another goes through one of its own
 again, which counts for nothing. What fails on one rank alone is told at the next exchange, and all
@@ -115,7 +115,10 @@ class SteppedFit(Fit):
         except BaseException:
             self._stream = None
             raise
-        return self._counted(state, batch, found)
+        counted = agreed.attempt(lambda: self._counted(state, batch, found))
+        agreed.most()
+        assert counted is not None
+        return counted
 
     def _passes(self, batch: Batch, agreed: Agreement) -> Iterator[tuple[Pass, bool]]:
         """As :meth:`Watcher.passes`, alike on all ranks, and whether a pass counts."""

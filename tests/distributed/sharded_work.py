@@ -403,7 +403,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "differentiable": lambda: cl.trace(H, probes=2) and H.differentiable_matmat(b[:, None]),
         "gather": lambda: risk.space.gather(b[1:]),
         "scatter": lambda: risk.space.scatter(b),
-        "kfac": lambda: cl.kfac(risk),
         "gradients": lambda: list(cl.gradients(risk)),
         "accuracy": lambda: accuracy(risk),
         "jacobian": lambda: cl.jacobian(risk) @ b,

@@ -135,7 +135,6 @@ REFUSED = {
     "differentiable": "TypeError: products of <Hessian",
     "gather": "expected this rank's rows",
     "scatter": "expected a whole vector [53]",
-    "kfac": "curvlib.kfac needs them whole",
     "gradients": "this function needs them whole",
     "accuracy": "this function needs them whole",
     "jacobian": "this function needs them whole",
