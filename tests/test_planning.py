@@ -379,6 +379,9 @@ def test_influence_of_ranks():
     directions = 8 * risk.space.size * 4
     assert four.traffic[-2:] == (0.75 * directions, 3 * 8 * 100 * (8 + 4))
     assert parts.traffic[-1] > four.traffic[-1]
+    # parameters forward and backward, bases and eigenvalues, once for the batch of queries
+    gathered = (3 * risk.space.size + sum(a**2 + b**2 for a, b in ((64, 33), (4, 65)))) * 4
+    assert parts.traffic[3] == 0.75 * gathered
 
 
 SETTINGS = {

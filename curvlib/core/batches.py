@@ -79,7 +79,7 @@ class Batches:
                 "use data of fixed length (no growing list, no sampler of random length)"
             )
 
-    def together(self, scale: float) -> Iterator[Batch]:
+    def together(self, scale: float = 1.0) -> Iterator[Batch]:
         """The batches; where parameters are sharded, in step with other ranks."""
         return self.in_step(self.own(scale))
 

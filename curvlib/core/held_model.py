@@ -134,7 +134,7 @@ class HeldModel:
         if self.places:
             raise ValueError(
                 f"{sharded.UNFOLLOWED}: the parameters are sharded, and {what} needs them whole. "
-                "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn, curvlib.fisher and "
-                "windows follow them; for others, load the parameters into a model without "
-                "fully_shard"
+                "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn, curvlib.fisher, "
+                "curvlib.kfac, influence and windows follow them; for others, load the parameters "
+                "into a model without fully_shard"
             )

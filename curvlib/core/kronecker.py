@@ -122,6 +122,12 @@ class Kronecker(LinearOperator):
         least = float(values.min()) if values.numel() else float("inf")
         return least if self.spread is None else -self.spread.most(-least)
 
+    def zero_blocks(self) -> list[KroneckerBlock | SpreadBlock]:
+        """The blocks all of whose eigenvalues are zero."""
+        every = list(self.blocks_of.values())
+        counts = self._sums(block.eigenvalues != 0 for block in every)
+        return [block for block, count in zip(every, counts, strict=True) if not count]
+
     def dampings(self, damping: float = DAMPING, *, relative: bool = True) -> dict[str, float]:
         """The absolute damping of each block.
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from curvlib.core.bundles import gathered, own_sum
 from curvlib.core.group import Group
-from curvlib.core.kronecker_blocks import Part
+from curvlib.core.kronecker_blocks import KroneckerBlock, Part
 from curvlib.core.slices import Slices
 from curvlib.core.space import ParamSpace
 
@@ -275,6 +275,15 @@ class SpreadBlock:
     def at(self, parts: tuple[Part, ...], space: ParamSpace) -> SpreadBlock:
         """The block with its parts elsewhere, in another space."""
         return replace(self, parts=parts, places=places_of(parts, self.cut.shape, space))
+
+    def whole(self) -> KroneckerBlock:
+        """The block as one process has it: on every rank, as long as it is used."""
+        left, right = (
+            None if own is None else gathered(own, self.cut.side(which), self.group)
+            for which, own in enumerate((self.left, self.right))
+        )
+        values = gathered(self.eigenvalues, self.cut.values, self.group)
+        return KroneckerBlock(self.name, self.parts, left, right, values)
 
     def wholes(self) -> Iterator[Tensor]:
         """Whole tensors of the block, one after the other, as one process would have them."""

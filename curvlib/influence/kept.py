@@ -112,6 +112,8 @@ def _own_details(
     if part.group is None:
         return own()
     found = no_details(scan.risk, directions, indices)
+    if part.stepped:
+        return joined_details(part.group, own())
     with part.group.together("a second look at its examples"):
         if not part.empty:
             found = own()

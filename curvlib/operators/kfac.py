@@ -252,6 +252,8 @@ def kfac(
 
     Args:
         risk: Model, loss, data and parameters. Examples must be independent, which is checked.
+            Parameters may be sharded: then each rank holds rows of the operator
+            (:mod:`curvlib.core.spread_blocks`).
         eigen_corrected: Whether to fit corrected eigenvalues, too, in a second pass.
         fisher: ``"type2"``, exact: a backward pass for each of an example's outputs. ``"mc"``: one
             for each of the ``samples``, with targets drawn from the model's own predictions (for

@@ -27,7 +27,7 @@ on from them; a pass that is stopped is done again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -36,12 +36,11 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.bundles import gathered, own_sum
+from curvlib.core.bundles import Bundle, own_sum
 from curvlib.core.data import tensors
 from curvlib.core.in_step import Agreement
 from curvlib.core.kronecker_blocks import Part
 from curvlib.core.spread_blocks import Cut, SpreadBlock, places_of
-from curvlib.operators.batch_examples import one_example
 from curvlib.operators.kfac_factors import Share, factor, miscounted, shares
 from curvlib.operators.kfac_fit import Fit
 from curvlib.operators.kfac_layers import FactoredLayer
@@ -51,6 +50,7 @@ from curvlib.operators.kfac_slices import LayerSlices, StateSlices
 from curvlib.operators.kfac_state import FACTORS, FitState
 from curvlib.operators.kfac_sums import (
     HELD,
+    Basis,
     EigenvalueSums,
     Gradients,
     Sums,
@@ -61,6 +61,7 @@ from curvlib.operators.kfac_sums import (
 from curvlib.operators.kfac_targets import Direction, counted_examples
 from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass
+from curvlib.operators.stepped_passes import at_output, stepped_passes, stepped_rows
 
 #: Gradients along some directions of a pass; ``None`` for one that only other ranks have.
 Round = list[tuple[Direction, Gradients] | None]
@@ -109,9 +110,9 @@ class SteppedFit(Fit):
         agreed = Agreement(self.group, "its part of a fit")
         found = Sums(state.sums, dict(state.counts))
         try:
-            for one, real in self._passes(batch, agreed):
-                counts = real and not batch.lent
-                self._add(state, one, found, agreed, real=counts)
+            assert self._watcher is not None
+            for one, real in stepped_passes(self._watcher, batch, agreed):
+                self._add(state, one, found, agreed, real=real)
         except BaseException:
             self._stream = None
             raise
@@ -119,28 +120,6 @@ class SteppedFit(Fit):
         agreed.most()
         assert counted is not None
         return counted
-
-    def _passes(self, batch: Batch, agreed: Agreement) -> Iterator[tuple[Pass, bool]]:
-        """As :meth:`Watcher.passes`, alike on all ranks, and whether a pass counts."""
-        watcher = self._watcher
-        assert watcher is not None
-        n = agreed.attempt(lambda: watcher.examples(batch)) or 1
-        kept = agreed.attempt(lambda: watcher.kept(batch))
-        alone, most = agreed.most(watcher.alone, n)
-        if not alone:
-            found = watcher.run(batch, kept)
-            (unknown,) = agreed.most(n > 1 and watcher.unverified(found, n))
-            same = not unknown or agreed.attempt(lambda: watcher.verified(found, n))
-            (alone,) = agreed.most(not same)
-            if not alone:
-                yield found, True
-                return
-        watcher.alone = True
-        for i in range(int(most)):
-            one = agreed.attempt(partial(one_example, batch, min(i, n - 1))) or batch
-            kept = agreed.attempt(partial(watcher.kept, one))
-            agreed.most()
-            yield watcher.run(one, kept), i < n
 
     def _rounds(self, state: FitState, one: Pass, agreed: Agreement) -> Iterator[Round]:
         """Gradients along all directions of a pass, some at a time, as often on each rank."""
@@ -181,7 +160,6 @@ class SteppedFit(Fit):
                 self._add_rest_of(state, one, held, agreed, real=real)
             first = False
         agreed.attempt(one.require_unchanged)
-        agreed.most()
 
     def _add_factors_of(
         self,
@@ -207,11 +185,11 @@ class SteppedFit(Fit):
 
         if real:
             agreed.attempt(add)
-        for key in list(whole.tensors):
-            _, role, side = key.rsplit("|", 2)
-            total = whole.tensors.pop(key)
-            if first or (role, side) != ("matrix", "right"):
-                found.tensors[key] += own_sum(total, self.slices.side(layer, side), self.group)
+        keys = [key for key in whole.tensors if first or not key.endswith("|matrix|right")]
+        slices = tuple(self.slices.side(layer, key.rpartition("|")[2]) for key in keys)
+        sums = Bundle(slices, self.group).own_sums([whole.tensors[key] for key in keys])
+        for key, own in zip(keys, sums, strict=True):
+            found.tensors[key] += own
         for key, count in whole.counts.items():
             found.counts[key] += count
 
@@ -226,8 +204,7 @@ class SteppedFit(Fit):
         real: bool,
     ) -> None:
         whole = self.like.new_zeros(layer.shape)
-        bases = [self._basis(state, layer, side) for side in SIDES]
-        adder = EigenvalueSums([layer], {layer.name: (bases[0], bases[1])}, len(held))
+        adder = EigenvalueSums([layer], {layer.name: self._bases(state, layer)}, len(held))
 
         def add() -> None:
             for own in held:
@@ -238,9 +215,15 @@ class SteppedFit(Fit):
             agreed.attempt(add)
         state.sums[layer.name] += own_sum(whole, self.slices.cut(layer).values, self.group)
 
-    def _basis(self, state: FitState, layer: FactoredLayer, side: str) -> Tensor | None:
-        own = state.bases.get(f"{layer.name}|{side}")
-        return None if own is None else gathered(own, self.slices.side(layer, side), self.group)
+    def _bases(self, state: FitState, layer: FactoredLayer) -> Basis:
+        """The eigenvectors of a layer, whole."""
+        sides = [side for side in SIDES if f"{layer.name}|{side}" in state.bases]
+        if not sides:
+            return None, None
+        bundle = Bundle(tuple(self.slices.side(layer, side) for side in sides), self.group)
+        own = [state.bases[f"{layer.name}|{side}"] for side in sides]
+        found = dict(zip(sides, bundle.gathered(own), strict=True))
+        return found.get("left"), found.get("right")
 
     def _add_rest_of(
         self, state: FitState, one: Pass, held: Round, agreed: Agreement, *, real: bool
@@ -249,31 +232,12 @@ class SteppedFit(Fit):
         names = list(state.uncovered)
         if not names or self.settings.rest != "diagonal":
             return
-        cotangents = [_at_output(own, one) for own in held]
-        leaves = {
-            name: self.risk.held.whole(self.held.params[name]).clone().requires_grad_()
-            for name in names
-        }
-        sums = {name: self.like.new_zeros((1, 1, leaf.numel())) for name, leaf in leaves.items()}
-        n = one.examples
-        (most,) = agreed.most(n)
-        for i in range(int(most)):
-            place = min(i, n - 1)
-            with self.risk.held.with_whole(leaves):
-                output = one_example(one.batch, place).output() if n > 1 else one.batch.output()
-                target = next(tensors(output))
-                for cotangent in cotangents:
-                    own = cotangent.unflatten(0, (n, -1))[place] if n > 1 else cotangent
-                    found: Sequence[Tensor | None] = torch.autograd.grad(
-                        [target],
-                        list(leaves.values()),
-                        [own.reshape(target.shape)],
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                    for total, square in zip(sums.values(), found, strict=True):
-                        if square is not None and real and i < n:
-                            total += square.detach().square().reshape(1, 1, -1)
+        cotangents = [at_output(None if own is None else own[0], one) for own in held]
+        params = {name: self.held.params[name] for name in state.uncovered}
+        sums = {name: self.like.new_zeros((1, 1, p.numel())) for name, p in params.items()}
+        for _, _, gradients in stepped_rows(self.risk, params, one, cotangents, agreed):
+            for name, own in gradients.items() if real else ():
+                sums[name] += own.square().reshape(1, 1, -1)
         for name, total in sums.items():
             cut = self.slices.rest(name)
             state.sums[f"{name}|rest"] += own_sum(total, cut.values, self.group)
@@ -365,14 +329,3 @@ def _or_nothing(direction: Direction | None, last: Direction | None, one: Pass) 
         return direction
     tensor = next(tensors(one.output)) if last is None else last[0]
     return tensor, torch.zeros_like(tensor)
-
-
-def _at_output(own: tuple[Direction, Gradients] | None, one: Pass) -> Tensor:
-    """The cotangent at the output of a direction."""
-    output = next(tensors(one.output))
-    if own is None:
-        return torch.zeros_like(output)
-    tensor, cotangent = own[0]
-    if cotangent is not None:
-        return cotangent
-    return torch.autograd.grad(tensor, output, retain_graph=True)[0]

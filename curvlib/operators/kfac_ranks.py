@@ -23,16 +23,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvlib.core.group import Group
-from curvlib.core.run import Progress, run
+from curvlib.core.rank_passes import RankPass, run_passes
+from curvlib.core.run import Progress
 from curvlib.operators.kfac_state import DONE, FitState
 
 if TYPE_CHECKING:
@@ -105,56 +104,40 @@ def fitted_by_ranks(
     Raises:
         RuntimeError: If another rank fails.
     """
-    problem = "" if checkpoint is None else fit.risk.fingerprint()
-    beside = None
-    if checkpoint is not None:
-        path = Path(checkpoint)
-        beside = path.with_name(f"{path.name}.rank{group.rank}of{group.size}")
     fit.prefix = _own_prefix(fit, group)
 
-    def one_pass(state: FitState) -> FitState:
-        # ranks that step together tell each other of failures as they go
-        with nullcontext() if fit.stepped else group.together("its part of a fit"):
-            own = run(
-                lambda: _begun(state),
-                fit.step,
-                state_type=FitState,
-                done=lambda state: state.ended,
-                report=fit.report,
-                title="K-FAC",
-                checkpoint=None if fit.stepped else beside,
-                problem=lambda: problem,
-                settings={**settings, "pass": state.phase, "rank": group.rank},
-                device=fit.risk.space.device,
-                save_every=save_every,
-                progress=progress if group.first else False,
-            )
+    def joined(state: FitState, own: FitState) -> FitState:
+        if state.ended:  # in one process, which is where the checkpoint is from
+            return fit.concluded(state)
         sums = own.sums if fit.stepped else _summed(group, own.sums)
         return fit.concluded(_joined(group, state, own, sums))
 
-    def finished(state: FitState) -> FitState:
-        if state.ended:  # in one process, which is where the checkpoint is from
-            return fit.concluded(state)
-        out = one_pass(state)
-        group.wait()
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-        return out
+    def begun(state: FitState) -> FitState:
+        return state if state.ended else _begun(state)
 
-    return run(
+    one: RankPass[FitState] = RankPass(
+        "its part of a fit",
+        begun=begun,
+        step=fit.step,
+        passed=lambda state: state.ended,
+        joined=joined,
+        report=fit.report,
+        settings=lambda state: {"pass": state.phase, "rank": group.rank},
+        stepped=fit.stepped,
+    )
+    return run_passes(
+        group,
         fit.init,
-        finished,
+        one,
         state_type=FitState,
         done=lambda state: state.phase == DONE,
-        report=lambda state: (float(state.phase), float(DONE), ""),
         title="K-FAC",
         checkpoint=checkpoint,
-        problem=lambda: problem,
+        problem=fit.risk.fingerprint,
         settings=settings,
         device=fit.risk.space.device,
-        save_every=0.0,
-        progress=False,
-        group=group,
+        save_every=save_every,
+        progress=progress,
         parts=fit.parts,
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -280,6 +282,21 @@ def failures(rank: int, size: int, folder: str) -> dict[str, str]:
     def fit(data: Any = own, **settings: Any) -> cl.KFAC:
         return cl.kfac(cl.Risk(whole_fsdp(seeded(Places())), CROSS, data), **settings)
 
+    def gone() -> str:
+        """What is said where checkpoints cannot be written any more; the fit goes on."""
+        here = Path(folder) / "checkpoints"
+        if rank == 0:
+            here.mkdir()
+
+        def mask(batch: Any) -> Tensor:
+            shutil.rmtree(here, ignore_errors=True)
+            return torch.ones(len(batch[0]), 4, 4, dtype=torch.bool)
+
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit(mask=mask, checkpoint=here / "fit.ckpt", save_every=0.0, progress=False)
+        return str(said[0].message)
+
     def not_finite() -> Any:
         bad = [(x.clone(), y) for x, y in own]
         if last:
@@ -294,6 +311,7 @@ def failures(rank: int, size: int, folder: str) -> dict[str, str]:
         "data": message(lambda: fit(Broken(own, last))),
         "mask": message(lambda: fit(mask=Failing(1 if last else None))),
         "not finite": message(not_finite),
+        "gone": gone(),
         "no folder": message(lambda: K.save(f"{folder}/missing/K.safetensors")),
         "other model": message(
             lambda: cl.KFAC.load(path, cl.Risk(whole_fsdp(seeded(Places())), CROSS, own))

@@ -27,7 +27,6 @@ from curvlib.core.group import Group, group_of
 from curvlib.core.operator import as_operator
 from curvlib.core.shards import part_of
 from curvlib.estimators.rows import extend, qr
-from curvlib.influence.influence import Influence
 from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.mfac_operator import MFAC
@@ -418,7 +417,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "optimizer": lambda: AdaHessian(model.parameters()),
         "prune": lambda: cl.prune(model, risk, 0.5),
         "rates": lambda: batch_sharpness(risk, 1),
-        "influence": lambda: Influence.of(risk),
         "refined": lambda: refined(risk),
         "replicated": lambda: placed(Replicate()),
         "two dimensions": lambda: placed(Shard(0), Replicate(), mesh_shape=(2, 1)),

@@ -150,7 +150,6 @@ REFUSED = {
     "optimizer": "parameter 0 of the group is a DTensor",
     "prune": "pruning needs them whole",
     "rates": "this measurement needs them whole",
-    "influence": "influence needs them whole",
     "refined": "refined needs them whole",
     "replicated": "has the placement R; Shard(dim) over all ranks is expected",
     "two dimensions": "lies on a mesh of 2 dimensions (2, 1)",

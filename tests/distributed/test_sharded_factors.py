@@ -40,7 +40,7 @@ def test_a_rank_holds_its_slices_and_one_layer_whole() -> None:
     rows = [[-(-n // size), n - -(-n // size)] for n in range(11)]
     layers = sum(out * width for out, width in sides)
     factors = sum(out**2 + width**2 for out, width in sides)
-    padded = 10 * 10  # the largest side is 10
+    padded = 2 * 9 * 10  # two sides of 9, which are padded to be cut
     for rank, found in enumerate(on_ranks(HERE + "footprint", size)):
         held = sum(rows[o][rank] * (o + i) + rows[i][rank] * i for o, i in sides)
         assert found["held"] == held
@@ -124,6 +124,7 @@ ALIKE = {
     "dense": "ValueError: to_dense needs whole vectors",
     "factors": "damping of factors needs whole eigenvalues",
     "corrected": "RuntimeError: there are no corrected eigenvalues",
+    "gone": "could not save the checkpoint",
     "singular": "is singular: 57 of the 57 eigenvalues of block 'conv' are zero",
     "mean": "needs a positive mean eigenvalue, but that of block 'conv' is 0",
     "logdet": "but 57 of 57 of block 'conv' are not, the least is 0",
@@ -140,4 +141,5 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
         assert first[name], name
     for name, text in ALIKE.items():
         assert text in first[name], (name, first[name])
-        assert first[name] == last[name], name
+        assert name == "gone" or first[name] == last[name], name
+    assert "rank 0 of 2 failed in writing a file" in last["gone"]
