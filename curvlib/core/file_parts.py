@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,20 @@ class Stored:
                 return one.new_empty(shape, device=device)
             found: Tensor = part[tuple(where)]
             return found.clone().to(device)
+
+
+class StateParts(Protocol):
+    """What of a state is held in parts by some ranks, and how files hold it whole."""
+
+    @property
+    def group(self) -> Group:
+        """The ranks."""
+
+    def taken(self, state: Any) -> dict[str, Any]:
+        """The fields of a state: :class:`Later` is what is in parts."""
+
+    def given(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The converse, from :class:`Stored` tensors."""
 
 
 def write(

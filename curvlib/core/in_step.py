@@ -98,13 +98,19 @@ class Agreement:
         self.what = what
         self.failure: Exception | None = None
 
-    def attempt(self, function: Callable[[], T]) -> T | None:
-        """What a function returns; ``None`` if it, or one before it, has failed."""
-        if self.failure is None:
-            try:
-                return function()
-            except Exception as error:  # noqa: BLE001 (told to the other ranks, then raised again)
-                self.failure = error
+    def attempt(self, function: Callable[[], T], failures: type[Exception] = Exception) -> T | None:
+        """What a function returns; ``None`` if it, or one before it, has failed.
+
+        Args:
+            function: It does not communicate, or is done with that when it raises these
+            failures: which are told. Others are raised at once.
+        """
+        if self.failure is not None and failures is Exception:
+            return None
+        try:
+            return function()
+        except failures as error:
+            self.failure = self.failure or error
         return None
 
     def most(self, *numbers: float) -> list[float]:

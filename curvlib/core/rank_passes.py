@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from curvlib.core.file_parts import StateParts
 from curvlib.core.group import Group
-from curvlib.core.run import Progress, Report, StateParts, run
+from curvlib.core.run import Progress, Report, run
+from curvlib.core.watch import telling, watching
 
 S = TypeVar("S")
 
@@ -36,7 +37,7 @@ class RankPass(Generic[S]):
             the same on all ranks.
         report: What is done of the part.
         settings: What else the part depends on, beside what the run does.
-        stepped: Whether ranks go through their parts in step, and tell each other of failures.
+        stepped: Whether ranks go through their parts in step: a failure is then told at once.
     """
 
     what: str
@@ -90,16 +91,21 @@ def run_passes(
         same, path = problem(), Path(checkpoint)
         beside = path.with_name(f"{path.name}.rank{group.rank}of{group.size}")
 
+    def told(state: S) -> S:
+        with telling(group):
+            return one.step(state)
+
     def one_pass(state: S) -> S:
-        with nullcontext() if one.stepped else group.together(one.what):
+        stepped = one.stepped
+        with watching(group, torch.device(device)) if stepped else group.together(one.what):
             own = run(
                 lambda: one.begun(state),
-                one.step,
+                told if stepped else one.step,
                 state_type=state_type,
                 done=one.passed,
                 report=one.report,
                 title=title,
-                checkpoint=None if one.stepped else beside,
+                checkpoint=None if stepped else beside,
                 problem=lambda: same,
                 settings={**settings, **one.settings(state)},
                 device=device,

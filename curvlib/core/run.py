@@ -20,12 +20,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from curvlib.core import spread_files
 from curvlib.core.exhausted import run_names_what_fits
+from curvlib.core.file_parts import StateParts
 from curvlib.core.files import (
     read_record,
     remove_leftovers,
@@ -37,20 +38,6 @@ from curvlib.core.group import Group, together
 from curvlib.core.spread import Spread
 
 S = TypeVar("S")
-
-
-class StateParts(Protocol):
-    """What of a state is held in parts by some ranks, and how files hold it whole."""
-
-    @property
-    def group(self) -> Group:
-        """The ranks."""
-
-    def taken(self, state: Any) -> dict[str, Any]:
-        """The fields of a state: :class:`~curvlib.core.file_parts.Later` is what is in parts."""
-
-    def given(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The converse, from :class:`~curvlib.core.file_parts.Stored` tensors."""
 
 
 #: ``True`` and ``False`` force and forbid the bar; ``None`` shows it on terminals; a function

@@ -352,7 +352,8 @@ class Influence:
 
     def _directions(self, part: Part, queries: Queries) -> Directions:
         if part.stepped:
-            return queries.directions(self.risk, self.preconditioner)
+            with part.watched():
+                return queries.directions(self.risk, self.preconditioner)
         with together(part.group, "the directions of its queries"):
             return queries.directions(self.risk, self.preconditioner)
 

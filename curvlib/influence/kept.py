@@ -113,7 +113,9 @@ def _own_details(
         return own()
     found = no_details(scan.risk, directions, indices)
     if part.stepped:
-        return joined_details(part.group, own())
+        with part.watched():
+            found = own()
+        return joined_details(part.group, found)
     with part.group.together("a second look at its examples"):
         if not part.empty:
             found = own()

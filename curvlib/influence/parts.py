@@ -13,7 +13,8 @@ number of ranks; the merged result is in the named file, for any number of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from curvlib.core.group import Group
 from curvlib.core.rank_passes import RankPass, run_passes
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
+from curvlib.core.watch import telling, watching
 from curvlib.influence.details import Details
 from curvlib.influence.scan import Scan, ScanState, ranked
 from curvlib.operators.batch_examples import example_count
@@ -62,14 +64,24 @@ class Part:
         if self.group is None:
             return own()
         rows = empty()
-        if self.stepped:  # ranks tell each other of failures as they go
-            rows = own()
+        if self.stepped:
+            with self.watched():
+                rows = own()
         else:
             with self.group.together("scoring its examples"):
                 if not self.empty:
                     rows = own()
         rows = empty() if not rows.numel() else rows
         return torch.cat(self.group.rows(rows.contiguous()))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A part of a scan that ranks go through in step: a failure of one is everybody's."""
+        if not self.stepped or self.group is None:
+            yield
+            return
+        with watching(self.group, self.risk.device), telling(self.group):
+            yield
 
     @property
     def stepped(self) -> bool:
@@ -155,6 +167,7 @@ def scanned(
         checkpoint=checkpoint,
         problem=problem,
         settings=settings,
+        device=part.risk.device,
         save_every=save_every,
         progress=progress,
     )

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.file_parts import StateParts
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
 from curvlib.core.risk import Risk
-from curvlib.core.run import Progress, Report, StateParts, run
+from curvlib.core.run import Progress, Report, run
 from curvlib.operators.batch_examples import example_count
 from curvlib.operators.kfac_factors import factors, miscounted
 from curvlib.operators.kfac_layers import FactoredLayer

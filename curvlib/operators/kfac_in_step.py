@@ -19,10 +19,9 @@ eigenvalues    :math:`\lceil c / h \rceil \sum (O^2 + I^2 + O I)`               
 =============  =================================================================  ==============
 
 A rank that has fewer batches, examples or directions than another goes through one of its own
-again, which counts for nothing. What fails on one rank alone is told at the next exchange, and all
-raise; only a forward pass that fails on one rank alone is met by the others when it ends, or a
-time-out runs out. Checkpoints are written after each pass, whole, so that any number of ranks goes
-on from them; a pass that is stopped is done again.
+again, which counts for nothing. What fails on one rank alone is told at the next exchange, and in
+the middle of a pass by :mod:`curvlib.core.watch`: all raise. Checkpoints are written after each
+pass, whole, so that any number of ranks goes on from them; a pass that is stopped is done again.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class LayerSlices:
 
 
 class StateSlices:
-    """How checkpoints hold states whole: see :class:`curvlib.core.run.StateParts`."""
+    """How checkpoints hold states whole: see :class:`curvlib.core.file_parts.StateParts`."""
 
     def __init__(self, slices: LayerSlices) -> None:
         self.slices = slices

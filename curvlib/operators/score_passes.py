@@ -89,8 +89,13 @@ class GradientPasses:
             self._agreed = Agreement(risk.group, "its part of a scan")
 
     def attempt(self, function: Callable[[], T]) -> T | None:
-        """What a function of a pass returns; where ranks go together, all raise at the next one."""
-        return function() if self._agreed is None else self._agreed.attempt(function)
+        """What a function of a pass returns.
+
+        Where ranks go together, what it finds not to be finite at its end is told at the next pass.
+        """
+        if self._agreed is None:
+            return function()
+        return self._agreed.attempt(function, FloatingPointError)
 
     @property
     def alone(self) -> bool:

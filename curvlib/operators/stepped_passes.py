@@ -32,7 +32,10 @@ def stepped_passes(
     if not alone:
         found = watcher.run(batch, kept)
         (unknown,) = agreed.most(n > 1 and watcher.unverified(found, n))
-        same = not unknown or agreed.attempt(lambda: watcher.verified(found, n))
+        same: bool | None = True
+        if unknown:
+            single = watcher.last_alone(found, n)
+            same = agreed.attempt(lambda: watcher.verified(found, single))
         (alone,) = agreed.most(not same)
         if not alone:
             yield found, not batch.lent
