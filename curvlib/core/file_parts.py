@@ -54,24 +54,34 @@ class Stored:
     Attributes:
         path: The file.
         name: Of the tensor in it.
-        shape: Its shape.
+        stored: Its shape there.
+        turned: Whether the transpose is meant.
     """
 
     path: Path
     name: str
-    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.stored[::-1] if self.turned else self.stored
 
     def narrow(self, axis: int, first: int, last: int, device: torch.device) -> Tensor:
         """The entries from ``first`` to before ``last`` along one axis."""
         from safetensors import safe_open
 
-        where = [slice(None)] * len(self.shape)
+        if self.turned:
+            plain = Stored(self.path, self.name, self.stored)
+            return plain.narrow(1 - axis, first, last, device).mT
+        where = [slice(None)] * len(self.stored)
         where[axis] = slice(first, last)
         with safe_open(self.path, framework="pt", device="cpu") as file:
             part = file.get_slice(self.name)
             if first == last:  # which the library refuses
-                one: Tensor = part[(slice(0, 1),) * len(self.shape)]
-                shape = [0 if d == axis else n for d, n in enumerate(self.shape)]
+                one: Tensor = part[(slice(0, 1),) * len(self.stored)]
+                shape = [0 if d == axis else n for d, n in enumerate(self.stored)]
                 return one.new_empty(shape, device=device)
             found: Tensor = part[tuple(where)]
             return found.clone().to(device)

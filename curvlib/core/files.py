@@ -194,7 +194,8 @@ def read_record(
             def tensor(value: dict[str, Any]) -> Any:
                 name = value["!tensor"]
                 if stored:
-                    return Stored(path, name, tuple(file.get_slice(name).get_shape()))
+                    shape = tuple(file.get_slice(name).get_shape())
+                    return Stored(path, name, shape, value["rows"])
                 return _read(file.get_tensor(name), value, device)
 
             content = {n: _decode(v, tensor) for n, v in document["content"].items()}
