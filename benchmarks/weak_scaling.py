@@ -92,19 +92,25 @@ def windows() -> None:
 
 
 def fits() -> None:
-    """EK-FAC of the two matrices of each MLP: width d and 4 d; factors held by every rank."""
-    print("\n| model | ranks | factors and eigenvalues | eigenvectors | sums sent |")
-    print("| --- | --- | --- | --- | --- |")
+    """EK-FAC of the two matrices of each MLP: width d and 4 d; held whole, and held as rows."""
+    columns = ["model", "ranks", "eigenvectors", "whole", "sent", "as rows", "one layer"]
+    print("\n|", " | ".join([*columns, "sent for a batch"]), "|")
+    print("| --- " * 8 + "|")
     for name, (_, layers, d) in MODELS.items():
         sides = [(4 * d, d), (d, 4 * d)]
         numbers = layers * sum(o * o + i * i + o * i for o, i in sides)
         decompositions = layers * sum(9.0 * (o**3 + i**3) for o, i in sides)
+        one = max(o * o + i * i + o * i for o, i in sides)
         for count in RANKS:
-            sent = Ranks(count).all_reduce(4.0 * numbers)
+            ranks = Ranks(count, sharded=True)
+            sent, batch = ranks.all_reduce(4.0 * numbers), ranks.gather(4.0 * numbers)
             print(
-                f"| {name} | {count:,} | {4.0 * numbers / 1e9:,.0f} GB "
+                f"| {name} | {count:,} "
                 f"| {decompositions / min(count, 4 * layers) / FLOPS64:,.0f} s "
-                f"| {sent / 1e9:,.0f} GB, {sent / BYTES:.0f} s |"
+                f"| {4.0 * numbers / 1e9:,.0f} GB "
+                f"| {sent / 1e9:,.0f} GB, {sent / BYTES:.0f} s "
+                f"| {ranks.held(4.0 * numbers) / 1e9:,.1f} GB | {4.0 * one / 1e9:,.1f} GB "
+                f"| {batch / 1e9:,.0f} GB, {batch / BYTES:.1f} s |"
             )
 
 

@@ -358,6 +358,12 @@ def test_fits_of_ranks():
     assert four.traffic == (1.5 * factors, 0.0, 1.5 * risk.space.size * 4)
     assert parts.kept == tuple(size / 4 for size in one.kept)
     assert parts.flops[1] == one.flops[1] / 4
+    # parameters forward and for each of 4 outputs backward, for each batch; one round of directions
+    values, batches = risk.space.size * 4, 1
+    gathered = batches * 5 * values
+    bases = factors / 4 * (4 + 8)  # bases in float32, and the factors that they are of in float64
+    expected = (gathered + batches * factors, bases / 4, gathered + batches * (factors + values))
+    assert parts.traffic == pytest.approx([0.75 * sent for sent in expected])
     K = cl.kfac(risk, progress=False)
     held = [t for b in K.blocks_of.values() for t in (b.left, b.right, b.eigenvalues)]
     assert sum(one.kept) == sum(t.nbytes for t in held if t is not None)
@@ -373,6 +379,9 @@ def test_influence_of_ranks():
     directions = 8 * risk.space.size * 4
     assert four.traffic[-2:] == (0.75 * directions, 3 * 8 * 100 * (8 + 4))
     assert parts.traffic[-1] > four.traffic[-1]
+    # parameters forward and backward, bases and eigenvalues, once for the batch of queries
+    gathered = (3 * risk.space.size + sum(a**2 + b**2 for a, b in ((64, 33), (4, 65)))) * 4
+    assert parts.traffic[3] == 0.75 * gathered
 
 
 SETTINGS = {

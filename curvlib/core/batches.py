@@ -50,7 +50,7 @@ class Batches:
         """How many batches and examples there are; zeros before the first full pass."""
         return self._seen or (0, 0)
 
-    def own(self, scale: float) -> Iterator[Batch]:
+    def own(self, scale: float = 1.0) -> Iterator[Batch]:
         """The batches in order, on the risk's device.
 
         Args:
@@ -79,8 +79,13 @@ class Batches:
                 "use data of fixed length (no growing list, no sampler of random length)"
             )
 
-    def together(self, scale: float) -> Iterator[Batch]:
+    def together(self, scale: float = 1.0) -> Iterator[Batch]:
         """The batches; where parameters are sharded, in step with other ranks."""
-        own, group = self.own(scale), self._risk.group
-        in_step = bool(self._risk.places) and group is not None
-        return self._in_step.batches(group, own) if in_step and group is not None else own
+        return self.in_step(self.own(scale))
+
+    def in_step(self, own: Iterator[Batch]) -> Iterator[Batch]:
+        """Some of this rank's batches; where parameters are sharded, in step with other ranks."""
+        group = self._risk.group
+        if group is None or not self._risk.places:
+            return own
+        return self._in_step.batches(group, own)

@@ -78,6 +78,35 @@ class Bundle:
         return Bundle(chosen, self.group)
 
 
+def gathered(own: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
+    """A whole tensor from each rank's slice; ``columns`` axes more lead."""
+    return Bundle((slices,), group).gathered([own], columns)[0]
+
+
+def own_sum(whole: Tensor, slices: Slices, group: Group, columns: int = 0) -> Tensor:
+    """This rank's slice of the sum over ranks of whole tensors."""
+    return Bundle((slices,), group).own_sums([whole], columns)[0]
+
+
+def gathered_at(own: Tensor, slices: Slices, group: Group, rank: int) -> Tensor | None:
+    """A whole tensor from each rank's slice, on one of the ranks alone."""
+    front = _padded(own.movedim(slices.dim, 0), slices.chunk(group.size))
+    found = group.joined_at(front, rank)
+    if found is None:
+        return None
+    return found[: slices.shape[slices.dim]].movedim(0, slices.dim).contiguous()
+
+
+def cut_from(whole: Tensor | None, slices: Slices, group: Group, rank: int, like: Tensor) -> Tensor:
+    """This rank's slice of a tensor that one rank has whole, of the type and device of another."""
+    axis, chunk = slices.dim, slices.chunk(group.size)
+    own = like.new_empty((chunk, *slices.shape[:axis], *slices.shape[axis + 1 :]))
+    if whole is not None:
+        whole = _padded(whole.movedim(axis, 0), chunk * group.size)
+    first, last = slices.bounds(group.rank, group.size)
+    return group.shares(whole, own, rank)[: last - first].movedim(0, axis).contiguous()
+
+
 def bundled(tensors: Iterable[tuple[int, Slices, Tensor]]) -> list[list[int]]:
     """Which tensors, by number, make a bundle.
 

@@ -17,12 +17,15 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from curvlib.core import file_parts as with_parts
+from curvlib.core.file_parts import Later, Stored
 
 if TYPE_CHECKING:
     from curvlib.core.group import Group
@@ -101,13 +104,18 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
             file.unlink(missing_ok=True)
 
 
-def write_record(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+def write_record(
+    path: str | os.PathLike[str], kind: str, content: dict[str, Any], group: Group | None = None
+) -> None:
     """Writes tensors, numbers, strings and nested lists, tuples and dictionaries of them.
 
     Args:
         path: Where to.
         kind: What is written: the name of a class.
-        content: The values, by name. Dictionaries have string keys.
+        content: The values, by name. Dictionaries have string keys. Tensors may be
+            :class:`~curvlib.core.file_parts.Later`.
+        group: The ranks that have the content together, and make what is made later, one tensor
+            after the other; the first of them writes.
 
     Raises:
         TypeError: If a value is of another type.
@@ -117,7 +125,7 @@ def write_record(path: str | os.PathLike[str], kind: str, content: dict[str, Any
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     document = {
         "class": kind,
         "format": FORMAT_VERSION,
@@ -125,6 +133,9 @@ def write_record(path: str | os.PathLike[str], kind: str, content: dict[str, Any
         "content": {name: _encode(value, name, tensors) for name, value in content.items()},
     }
     text = json.dumps(document, allow_nan=False)
+    if group is not None:
+        with_parts.write(atomic_write(path), tensors, text, group)
+        return
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"curvlib": text})
@@ -145,13 +156,15 @@ def _unwritten(path: str | os.PathLike[str], needed: int, error: Exception) -> O
 
 
 def read_record(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", *, stored: bool = False
 ) -> tuple[str, dict[str, Any]]:
     """Reads what :func:`write_record` wrote.
 
     Args:
         path: The file.
         device: Where tensors go that were not on the CPU when they were written.
+        stored: Whether tensors stay in the file, and :class:`~curvlib.core.file_parts.Stored`
+            is returned in their places.
 
     Returns:
         The kind and the values by name.
@@ -177,7 +190,15 @@ def read_record(
                     f"{document['curvlib']}), this curvlib reads format {FORMAT_VERSION}; "
                     "use the version that wrote it"
                 )
-            content = {n: _decode(v, file, device) for n, v in document["content"].items()}
+
+            def tensor(value: dict[str, Any]) -> Any:
+                name = value["!tensor"]
+                if stored:
+                    shape = tuple(file.get_slice(name).get_shape())
+                    return Stored(path, name, shape, value["rows"])
+                return _read(file.get_tensor(name), value, device)
+
+            content = {n: _decode(v, tensor) for n, v in document["content"].items()}
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged or not a safetensors file ({error}); "
@@ -215,7 +236,7 @@ def curvlib_version() -> str:
         return "unknown"
 
 
-def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -225,11 +246,14 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         # Column-contiguous blocks are written as rows, so that no copy of them is made.
         rows = value.ndim == 2 and not value.is_contiguous() and value.mT.is_contiguous()
         stored = value.mT if rows else value.contiguous()
-        used = {t.untyped_storage().data_ptr() for t in tensors.values()}
+        used = {t.untyped_storage().data_ptr() for t in tensors.values() if isinstance(t, Tensor)}
         if stored.untyped_storage().data_ptr() in used:
             stored = stored.clone()
         tensors[name] = stored
         return {"!tensor": name, "rows": rows, "cpu": value.device.type == "cpu"}
+    if isinstance(value, Later):
+        tensors[name] = value
+        return {"!tensor": name, "rows": False, "cpu": value.like.device.type == "cpu"}
     if isinstance(value, tuple):
         return {"!tuple": [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
     if isinstance(value, list):
@@ -245,21 +269,24 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _decode(value: Any, file: Any, device: torch.device | str) -> Any:
+def _decode(value: Any, tensor: Callable[[dict[str, Any]], Any]) -> Any:
     if isinstance(value, list):
-        return [_decode(v, file, device) for v in value]
+        return [_decode(v, tensor) for v in value]
     if not isinstance(value, dict):
         return value
     if "!float" in value:
         return float(value["!float"])
     if "!tuple" in value:
-        return tuple(_decode(v, file, device) for v in value["!tuple"])
+        return tuple(_decode(v, tensor) for v in value["!tuple"])
     if "!tensor" in value:
-        tensor = file.get_tensor(value["!tensor"])
-        # a file's own memory is aligned by chance, on which the last bits of products depend
-        tensor = tensor.clone() if value["cpu"] else tensor.to(device)
-        return tensor.mT if value["rows"] else tensor
-    return {k: _decode(v, file, device) for k, v in value.items()}
+        return tensor(value)
+    return {k: _decode(v, tensor) for k, v in value.items()}
+
+
+def _read(tensor: Tensor, value: dict[str, Any], device: torch.device | str) -> Tensor:
+    # a file's own memory is aligned by chance, on which the last bits of products depend
+    tensor = tensor.clone() if value["cpu"] else tensor.to(device)
+    return tensor.mT if value["rows"] else tensor
 
 
 def _flush_folder(folder: Path) -> None:

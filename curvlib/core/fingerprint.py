@@ -92,7 +92,7 @@ def _with_axis(example: Any) -> list[torch.Tensor]:
 
 def _over_ranks(risk: Risk, number: int, *, everywhere: bool) -> int:
     """The sum over ranks; one rank's number where all hold the same whole data set."""
-    if risk.group is None:
+    if risk.group is None or risk.everywhere:
         return number % _WORD
     every = [int(text) for text in risk.group.texts(str(number % _WORD))]
     if everywhere and len(set(every)) == 1:

@@ -152,6 +152,33 @@ class Group:
                 work.wait()
         return out
 
+    def joined_at(self, block: Tensor, rank: int) -> Tensor | None:
+        """Blocks ``[c, ...]`` of equal shape, as ``[R c, ...]``, on one of the ranks alone."""
+        out, parts = None, None
+        if self.rank == rank:
+            out = block.new_empty((self.size * block.shape[0], *block.shape[1:]))
+            parts = list(out.chunk(self.size))
+        with self._answered("a gathering of a sharded tensor"):
+            target = dist.get_global_rank(self.process_group, rank)
+            dist.gather(block.contiguous(), parts, dst=target, group=self.process_group)
+        return out
+
+    def shares(self, blocks: Tensor | None, own: Tensor, rank: int) -> Tensor:
+        """This rank's block ``[c, ...]`` of ``[R c, ...]``, which one of the ranks has.
+
+        Args:
+            blocks: On that rank, the tensor.
+            own: A block, which is filled.
+            rank: Which one.
+        """
+        parts = None
+        if self.rank == rank and blocks is not None:
+            parts = [part.contiguous() for part in blocks.chunk(self.size)]
+        with self._answered("a scattering of a tensor"):
+            source = dist.get_global_rank(self.process_group, rank)
+            dist.scatter(own, parts, src=source, group=self.process_group)
+        return own
+
     def texts(self, text: str) -> list[str]:
         """A text of each rank, in the order of ranks."""
         own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)

@@ -103,6 +103,15 @@ class HeldModel:
         values = {raw[id(self.params[name])]: value for name, value in params.items()}
         return torch.func.functional_call(self._holder, values, (lambda _: function(),))
 
+    def with_whole(self, params: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Entered within :meth:`gathering`: some parameters have whole values, each rank its own.
+
+        Derivatives by them are those of this rank's batch alone.
+        """
+        assert self.regather is not None
+        values = {id(self.held[name]): value for name, value in params.items()}
+        return self.regather.instead(values, whole=True)
+
     def bytes_saved(self, build: Callable[[], T]) -> tuple[T, int]:
         """A graph of sharded parameters, and the bytes that it holds, the most of any rank."""
         assert self.regather is not None
@@ -125,7 +134,7 @@ class HeldModel:
         if self.places:
             raise ValueError(
                 f"{sharded.UNFOLLOWED}: the parameters are sharded, and {what} needs them whole. "
-                "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn, curvlib.fisher and "
-                "windows follow them; for others, load the parameters into a model without "
-                "fully_shard"
+                "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn, curvlib.fisher, "
+                "curvlib.kfac, influence and windows follow them; for others, load the parameters "
+                "into a model without fully_shard"
             )

@@ -7,9 +7,9 @@ round costs an exchange of three numbers; a batch is lent once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from curvlib.core.data import to_device
 if TYPE_CHECKING:
     from curvlib.core.group import Group
     from curvlib.core.risk import Risk
+
+T = TypeVar("T")
 
 
 class InStep:
@@ -78,3 +80,47 @@ def require_begun(group: Group, failure: Exception) -> None:
     """
     group.numbers([1.0, 0.0, 0.0])
     group.raise_failure(failure, "a pass over its data")
+
+
+class Agreement:
+    """What ranks that work in step tell each other: numbers, and failures, which are everybody's.
+
+    Work that may fail on one rank alone, and does not communicate, is attempted. A rank that has
+    failed goes on to where all ranks agree on something; there all of them raise.
+
+    Args:
+        group: The ranks.
+        what: What they do, for the message of the others.
+    """
+
+    def __init__(self, group: Group, what: str) -> None:
+        self.group = group
+        self.what = what
+        self.failure: Exception | None = None
+
+    def attempt(self, function: Callable[[], T], failures: type[Exception] = Exception) -> T | None:
+        """What a function returns; ``None`` if it, or one before it, has failed.
+
+        Args:
+            function: It does not communicate, or is done with that when it raises these
+            failures: which are told. Others are raised at once.
+        """
+        if self.failure is not None and failures is Exception:
+            return None
+        try:
+            return function()
+        except failures as error:
+            self.failure = self.failure or error
+        return None
+
+    def most(self, *numbers: float) -> list[float]:
+        """The largest of each number over ranks.
+
+        Raises:
+            RuntimeError: If another rank has failed.
+            Exception: This rank's own failure.
+        """
+        failed, *found = self.group.most([float(self.failure is not None), *map(float, numbers)])
+        if failed:
+            self.group.raise_failure(self.failure, self.what)
+        return found

@@ -20,15 +20,18 @@ the same absolute number for every coordinate, as with all other structured oper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlib.core.kronecker_blocks import KroneckerBlock, Part, checked, tensors_of, uncovered
+from curvlib.core.group import together
+from curvlib.core.kronecker_blocks import KroneckerBlock, Part, checked, uncovered
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.space import ParamSpace
+from curvlib.core.spread_blocks import SpreadBlock, constant_block
 from curvlib.core.structured import finite_number, on_columns
 
 #: Relative damping where none is given.
@@ -39,14 +42,15 @@ class Kronecker(LinearOperator):
     r"""A block-diagonal matrix whose blocks have Kronecker-factored eigenvectors.
 
     Args:
-        blocks: The blocks, disjoint, with eigenvectors that are orthogonal.
+        blocks: The blocks, disjoint, with eigenvectors that are orthogonal; as
+            :class:`~curvlib.core.spread_blocks.SpreadBlock` where the space is spread over ranks.
         size: ``P``.
         space: The parameters that index it, where there are any.
         rest: The diagonal entry of coordinates that are in no block.
         name: What it is, for legends and reports.
 
     Attributes:
-        blocks_of: The blocks, as :class:`KroneckerBlock`, by name.
+        blocks_of: The blocks, by name.
         rest: The diagonal entry of coordinates that are in no block.
         uncovered: Ranges ``(start, stop)`` of these coordinates.
 
@@ -70,15 +74,18 @@ class Kronecker(LinearOperator):
 
     def __init__(
         self,
-        blocks: Sequence[KroneckerBlock],
+        blocks: Sequence[KroneckerBlock | SpreadBlock],
         size: int,
         *,
         space: ParamSpace | None = None,
         rest: float = 0.0,
         name: str = "Kronecker",
     ) -> None:
-        dtype, device = checked(blocks)
-        self.blocks_of = {block.name: block for block in blocks}
+        spread = None if space is None else space.spread
+        with together(None if spread is None else spread.group, "checking its blocks"):
+            dtype, device = checked(blocks)
+        self.spread = spread
+        self.blocks_of: dict[str, Any] = {block.name: block for block in blocks}
         self.rest = finite_number("rest", rest)
         self.uncovered = uncovered(blocks, size)
         super().__init__(
@@ -87,11 +94,12 @@ class Kronecker(LinearOperator):
             dtype=dtype,
             device=device,
             symmetric=True,
-            psd=self.rest >= 0 and all(bool((b.eigenvalues >= 0).all()) for b in blocks),
+            psd=self.rest >= 0 and not any(self._sums([b.eigenvalues < 0 for b in blocks])),
             space=space,
             name=name,
-            identity=lambda: digest([t for b in blocks for t in tensors_of(b)]) + repr(self.rest),
+            identity=lambda: digest(t for b in blocks for t in b.wholes()) + repr(self.rest),
             restrict=None if space is None else self._restricted,
+            spread=spread,
         )
 
     # ------------------------------------------------------------------ products
@@ -100,8 +108,25 @@ class Kronecker(LinearOperator):
         rows = V.mT
         out = rows * rest if self.uncovered and rest else torch.zeros_like(rows)
         for block, own in zip(self.blocks_of.values(), values, strict=True):
-            block.scatter(block.restored(block.rotated(block.gather(rows)) * own), out)
+            block.multiply(rows, own, out)
         return out.mT
+
+    def _sums(self, numbers: Iterable[Tensor]) -> list[float]:
+        """Sums of numbers that blocks have, those of all ranks together."""
+        each = torch.stack([own.sum(dtype=torch.float64) for own in numbers])
+        found: list[float] = (each if self.spread is None else self.spread.sum(each)).tolist()
+        return found
+
+    def _least(self, values: Tensor) -> float:
+        """The smallest of eigenvalues, of which all ranks hold some."""
+        least = float(values.min()) if values.numel() else float("inf")
+        return least if self.spread is None else -self.spread.most(-least)
+
+    def zero_blocks(self) -> list[KroneckerBlock | SpreadBlock]:
+        """The blocks all of whose eigenvalues are zero."""
+        every = list(self.blocks_of.values())
+        counts = self._sums(block.eigenvalues != 0 for block in every)
+        return [block for block, count in zip(every, counts, strict=True) if not count]
 
     def dampings(self, damping: float = DAMPING, *, relative: bool = True) -> dict[str, float]:
         """The absolute damping of each block.
@@ -124,9 +149,10 @@ class Kronecker(LinearOperator):
                 f"{self._outside()}; leave them out (params= of what makes the operator), give "
                 "them a diagonal (rest='diagonal' of curvlib.kfac), or pass relative=False"
             )
+        sums = self._sums(b.eigenvalues for b in self.blocks_of.values())
         found = {
-            name: float(b.eigenvalues.mean(dtype=torch.float64))
-            for name, b in self.blocks_of.items()
+            name: total / b.size
+            for (name, b), total in zip(self.blocks_of.items(), sums, strict=True)
         }
         for name, mean in found.items():
             if not mean > 0.0:
@@ -154,16 +180,16 @@ class Kronecker(LinearOperator):
 
     def _inverted(self, damping: float, *, relative: bool) -> tuple[list[Tensor], float]:
         each = self.dampings(damping, relative=relative)
-        values = []
-        for name, block in self.blocks_of.items():
-            shifted = block.eigenvalues + each[name]
-            zero = int((shifted == 0).sum())
+        values = [block.eigenvalues + each[name] for name, block in self.blocks_of.items()]
+        for (name, block), zero in zip(
+            self.blocks_of.items(), self._sums(own == 0 for own in values), strict=True
+        ):
             if zero:
                 raise RuntimeError(
-                    f"{self!r} with damping={each[name]:g} is singular: {zero} of the "
+                    f"{self!r} with damping={each[name]:g} is singular: {int(zero)} of the "
                     f"{block.size} eigenvalues of block {name!r} are zero; pass a larger damping="
                 )
-            values.append(shifted.reciprocal_())
+        values = [own.reciprocal_() for own in values]
         if not self.uncovered:
             return values, 0.0
         rest = self.rest + finite_number("damping", damping)
@@ -177,14 +203,14 @@ class Kronecker(LinearOperator):
     # ------------------------------------------------------------------- numbers
     def diagonal(self) -> Tensor:
         """The diagonal, ``[P]``."""
-        out = torch.full((1, self.shape[0]), self.rest, dtype=self.dtype, device=self.device)
+        out = torch.full((1, self.length), self.rest, dtype=self.dtype, device=self.device)
         for block in self.blocks_of.values():
             block.scatter(block.diagonal()[None], out)
         return out[0]
 
     def trace(self) -> float:
         """The sum of the eigenvalues."""
-        each = [float(b.eigenvalues.sum(dtype=torch.float64)) for b in self.blocks_of.values()]
+        each = self._sums(b.eigenvalues for b in self.blocks_of.values())
         return sum(each) + self.rest * self._outside_count()
 
     def logdet(self, damping: float = DAMPING, *, relative: bool = True) -> float:
@@ -193,17 +219,22 @@ class Kronecker(LinearOperator):
         Raises:
             RuntimeError: If an eigenvalue of the damped operator is not positive.
         """
-        total = 0.0
-        for name, value in self.dampings(damping, relative=relative).items():
-            shifted = self.blocks_of[name].eigenvalues.double() + value
-            bad = int((shifted <= 0).sum())
+        each = self.dampings(damping, relative=relative)
+
+        def shifted() -> Iterator[Tensor]:
+            yield from (b.eigenvalues.double() + each[n] for n, b in self.blocks_of.items())
+
+        for (name, block), bad in zip(
+            self.blocks_of.items(), self._sums(own <= 0 for own in shifted()), strict=True
+        ):
             if bad:
+                least = self._least(block.eigenvalues.double() + each[name])
                 raise RuntimeError(
-                    f"log det of {self!r} with damping={value:g} needs positive eigenvalues, but "
-                    f"{bad} of {shifted.numel()} of block {name!r} are not, the least is "
-                    f"{float(shifted.min()):.3g}; pass a larger damping="
+                    f"log det of {self!r} with damping={each[name]:g} needs positive eigenvalues, "
+                    f"but {int(bad)} of {block.size} of block {name!r} are not, the least is "
+                    f"{least:.3g}; pass a larger damping="
                 )
-            total += float(shifted.log().sum())
+        total = sum(self._sums(own.log() for own in shifted()))
         if not self.uncovered:
             return total
         rest = torch.tensor(self.rest + float(damping), dtype=torch.float64)
@@ -261,10 +292,11 @@ class Kronecker(LinearOperator):
         p = finite_number("p", p)
         values = []
         for name, block in self.blocks_of.items():
-            _require_power(f"block {name!r} of {self!r}", block.eigenvalues, p)
+            least, (zero,) = self._least(block.eigenvalues), self._sums([block.eigenvalues == 0])
+            _require_power(f"block {name!r} of {self!r}", least, p, zero=bool(zero))
             values.append(block.eigenvalues**p)
         if self.uncovered:
-            _require_power(self._outside(), torch.tensor([self.rest]), p)
+            _require_power(self._outside(), self.rest, p, zero=self.rest == 0)
         rest = self.rest**p if self.uncovered else 0.0
         return self.with_eigenvalues(values, rest=rest, name=f"({self.name})^{p:g}")
 
@@ -273,22 +305,29 @@ class Kronecker(LinearOperator):
         """The operator of some parameters, of the same kind where they are whole blocks."""
         assert self.space is not None
         small = self.space.restrict(names)
-        moved = {self.space.slice(n).start: small.slice(n).start for n in small.names}
-        inside = []
+        source, target = self.space.whole(), small.whole()
+        inside: list[KroneckerBlock | SpreadBlock] = []
         for block in self.blocks_of.values():
-            starts = [part.start in moved for part in block.parts]
-            if all(starts):
-                parts = tuple(replace(p, start=moved[p.start]) for p in block.parts)
-                inside.append(replace(block, parts=parts))
-            elif any(starts):
-                where = [torch.arange(*self.space.slice(n).indices(self.shape[0])) for n in names]
+            owners = [source.at(part.start) for part in block.parts]
+            chosen = [name in small.names for name, _ in owners]
+            if all(chosen):
+                parts = tuple(
+                    replace(part, start=target.slice(name).start + first)
+                    for part, (name, first) in zip(block.parts, owners, strict=True)
+                )
+                inside.append(block.at(parts, small))
+            elif any(chosen):
+                where = [torch.arange(*self.space.slice(n).indices(self.length)) for n in names]
                 return self.submatrix(torch.cat(where))
         if not inside:
-            n = small.size
-            shape = (1, 1, n)
-            values = torch.full(shape, self.rest, dtype=self.dtype, device=self.device)
-            inside.append(KroneckerBlock("rest", (Part(0, n),), None, None, values))
-        return Kronecker(inside, small.size, space=small, rest=self.rest, name=self.name)
+            rest = torch.tensor(self.rest, dtype=self.dtype, device=self.device)
+            if small.spread is not None:
+                inside.append(constant_block(small, rest))
+            else:
+                n = small.size
+                values = rest.expand(1, 1, n).contiguous()
+                inside.append(KroneckerBlock("rest", (Part(0, n),), None, None, values))
+        return Kronecker(inside, small.total, space=small, rest=self.rest, name=self.name)
 
     def _outside_count(self) -> int:
         return sum(stop - start for start, stop in self.uncovered)
@@ -298,7 +337,8 @@ class Kronecker(LinearOperator):
         if self.space is None:
             first = ", ".join(f"{a}:{b}" for a, b in self.uncovered[:4])
             return f"{self._outside_count()} coordinates ({first}) are in no block"
-        places = {name: self.space.slice(name) for name in self.space.names}
+        whole = self.space.whole()
+        places = {name: whole.slice(name) for name in whole.names}
         names = [
             name
             for name, at in places.items()
@@ -309,14 +349,13 @@ class Kronecker(LinearOperator):
         return f"{self._outside_count()} coordinates ({listed}{more}) are in no block"
 
 
-def _require_power(what: str, values: Tensor, p: float) -> None:
-    least = float(values.min())
+def _require_power(what: str, least: float, p: float, *, zero: bool) -> None:
     if least < 0 and not p.is_integer():
         raise RuntimeError(
             f"power {p:g} of {what} is not real: the least eigenvalue is {least:.3g}; use "
             f"op.shift({-least:.3g}) or an integer power"
         )
-    if p < 0 and bool((values == 0).any()):
+    if p < 0 and zero:
         raise RuntimeError(
             f"power {p:g} of {what} is infinite: an eigenvalue is zero; use "
             "op.shift(damping).power(p)"

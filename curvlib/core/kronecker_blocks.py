@@ -6,10 +6,15 @@ See :mod:`curvlib.core.kronecker` for what they are of.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from curvlib.core.space import ParamSpace
+    from curvlib.core.spread_blocks import SpreadBlock
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,24 @@ class KroneckerBlock:
             rows[:, start:stop] = piece.reshape(rows.shape[0], stop - start)
             column += part.columns
 
+    def multiply(self, rows: Tensor, values: Tensor, out: Tensor) -> None:
+        """Writes the product of the block with other eigenvalues into flat rows ``[K, P]``.
+
+        Args:
+            rows: Vectors, ``[K, P]``.
+            values: Eigenvalues, ``[G, O, I]``.
+            out: ``[K, P]``.
+        """
+        self.scatter(self.restored(self.rotated(self.gather(rows)) * values), out)
+
+    def at(self, parts: tuple[Part, ...], space: ParamSpace) -> KroneckerBlock:  # noqa: ARG002
+        """The block with its parts elsewhere, in another space."""
+        return replace(self, parts=parts)
+
+    def wholes(self) -> Iterator[Tensor]:
+        """The tensors of the block."""
+        yield from tensors_of(self)
+
     def rotated(self, X: Tensor) -> Tensor:
         r""":math:`Q_L^\top X Q_R` of matrices ``[..., G, O, I]``."""
         X = X if self.left is None else self.left.mT @ X
@@ -94,12 +117,12 @@ class KroneckerBlock:
         return X if self.right is None else X @ self.right.square().mT
 
 
-def tensors_of(block: KroneckerBlock) -> Iterator[Tensor]:
-    """The tensors of a block."""
+def tensors_of(block: KroneckerBlock | SpreadBlock) -> Iterator[Tensor]:
+    """The tensors of a block, as this process holds them."""
     yield from (t for t in (block.left, block.right, block.eigenvalues) if t is not None)
 
 
-def checked(blocks: Sequence[KroneckerBlock]) -> tuple[torch.dtype, torch.device]:
+def checked(blocks: Sequence[KroneckerBlock | SpreadBlock]) -> tuple[torch.dtype, torch.device]:
     """Type and device of all blocks, which are checked."""
     if not blocks:
         raise ValueError("expected at least one block, got none")
@@ -127,7 +150,9 @@ def checked(blocks: Sequence[KroneckerBlock]) -> tuple[torch.dtype, torch.device
     return dtype, device
 
 
-def _check_shapes(block: KroneckerBlock) -> None:
+def _check_shapes(block: KroneckerBlock | SpreadBlock) -> None:
+    if not isinstance(block, KroneckerBlock):
+        return  # made of slices by curvlib alone
     shape = tuple(block.eigenvalues.shape)
     if len(shape) != 3 or sum(part.columns for part in block.parts) != shape[-1]:
         raise ValueError(
@@ -143,7 +168,7 @@ def _check_shapes(block: KroneckerBlock) -> None:
             )
 
 
-def uncovered(blocks: Sequence[KroneckerBlock], size: int) -> list[tuple[int, int]]:
+def uncovered(blocks: Sequence[KroneckerBlock | SpreadBlock], size: int) -> list[tuple[int, int]]:
     """Coordinates in no block, as ranges."""
     found, last = [], 0
     covered = sorted((start, stop, b.name) for b in blocks for start, stop in b.ranges)

@@ -143,6 +143,7 @@ class Risk:
         self._verified: set[int] = set()  # batches whose normalization was verified
         self.misread: str | None = None  # why the normalization is not what it seems
         self.draws = passes.Draws(self.device)
+        self.everywhere = False  # whether all data is on every rank, and not a shard
         self.is_part = False  # of a larger selection: then the loss need not use the parameters
         if self.group is not None:
             require_device(self.group, self.space.device)

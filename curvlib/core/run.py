@@ -26,6 +26,7 @@ import torch
 
 from curvlib.core import spread_files
 from curvlib.core.exhausted import run_names_what_fits
+from curvlib.core.file_parts import StateParts
 from curvlib.core.files import (
     read_record,
     remove_leftovers,
@@ -37,6 +38,7 @@ from curvlib.core.group import Group, together
 from curvlib.core.spread import Spread
 
 S = TypeVar("S")
+
 
 #: ``True`` and ``False`` force and forbid the bar; ``None`` shows it on terminals; a function
 #: is called with what is done, the (estimated) total or ``None``, and a note.
@@ -64,6 +66,7 @@ def run(
     progress: Progress = None,
     group: Group | None = None,
     spread: Spread | None = None,
+    parts: StateParts | None = None,
 ) -> S:
     """Steps from ``init()``, or from a checkpoint, until ``done``.
 
@@ -90,6 +93,8 @@ def run(
         spread: How vectors of the state lie over processes, where they are not whole. Each
             process then saves its own: see :mod:`curvlib.core.spread_files`. What a step that
             raises leaves is of use where it has raised on all of them.
+        parts: What else ranks hold parts of. One file has it whole, gathered while it is written,
+            by all ranks together: not where a step raises.
 
     Returns:
         The last state.
@@ -121,7 +126,7 @@ def run(
     if checkpoint is not None:
         identity = {"kind": title, "problem": problem(), "settings": dict(settings or {})}
         with together(group, "opening its checkpoint"):
-            saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group), spread)
+            saver = _Saver(Path(checkpoint), identity, save_every, _is_first(group), spread, parts)
         saver.agree()
         state = saver.load(state_type, device, group)
     if state is None:
@@ -170,6 +175,7 @@ class _Saver:
         every: float,
         writes: bool,
         spread: Spread | None,
+        parts: StateParts | None,
     ) -> None:
         if not every >= 0:
             raise ValueError(f"save_every= is a number of seconds, at least 0, got {every}")
@@ -182,6 +188,7 @@ class _Saver:
         self.every = every
         self.writes = writes
         self.spread = spread
+        self.parts = parts
         self.changed = False
         self._last = time.monotonic()
         self._cost = 0.0
@@ -196,7 +203,12 @@ class _Saver:
     def load(
         self, state_type: type[S], device: torch.device | str, group: Group | None
     ) -> S | None:
-        if group is None:
+        found = None
+        if self.parts is not None:
+            if self.parts.group.most([float(self.path.exists())])[0]:
+                with self.parts.group.together("reading its checkpoint"):
+                    found = read_record(self.path, device, stored=True)
+        elif group is None:
             found = read_record(self.path, device) if self.path.exists() else None
         else:
             found = shared_record(self.path, device, group)
@@ -241,6 +253,8 @@ class _Saver:
     ) -> dict[str, Any]:
         """The fields of a saved state, with the rows of vectors that this process needs."""
         state: dict[str, Any] = content["state"]
+        if self.parts is not None:
+            return self.parts.given(state)
         if "rows" in content:
             found = spread_files.read_rows(self.path, content["rows"], self.spread, device)
             return spread_files.put_together(state, found)
@@ -256,11 +270,16 @@ class _Saver:
 
     def save(self, state: Any, *, together: bool = True) -> None:
         """Saves a state, for which all processes call this, unless not all may come here."""
-        if not self.changed or not (self.writes or self.spread is not None):
+        alone = self.spread is None and self.parts is None
+        if not self.changed or (alone and not self.writes):
+            return
+        if self.parts is not None and not together:
             return
         start = time.monotonic()
         try:
-            if self.spread is None:
+            if self.parts is not None:
+                self._save_parts(state, self.parts)
+            elif self.spread is None:
                 content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
                 self._write({"state": content})
             elif together:
@@ -272,6 +291,13 @@ class _Saver:
             self._warn(error)
         self._last = time.monotonic()
         self._cost = self._last - start
+
+    def _save_parts(self, state: Any, parts: StateParts) -> None:
+        content = {"identity": self.identity, "state": parts.taken(state)}
+        try:
+            write_record(self.path, "checkpoint", content, parts.group)
+        except RuntimeError as error:  # the first process could not write
+            raise OSError(str(error)) from error
 
     def _save_spread(self, state: Any, spread: Spread) -> None:
         small, rows = spread_files.taken_apart(state)

@@ -25,7 +25,8 @@ Ranks have to use the same bundles in the same order, as FSDP asks too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,10 +283,34 @@ class Regather(TorchFunctionMode):
         return every[member.at]
 
     @contextmanager
-    def instead(self, values: Mapping[int, Tensor]) -> Iterator[None]:
-        """A block in which parameters, by ``id``, have other slices."""
+    def whole_in(self, module: nn.Module) -> Iterator[None]:
+        """A block in which a module has plain parameters, gathered, in the place of sharded ones.
+
+        They carry no gradient. For functions that this mode does not see.
+        """
+        with torch.no_grad():
+            found = [
+                (table, key, held, self._value(held).detach())
+                for table in (m._parameters for m in module.modules())
+                for key, held in table.items()
+                if id(held) in self._places
+            ]
+        try:
+            for table, key, _, value in found:
+                table[key] = value
+            yield
+        finally:
+            for table, key, held, _ in found:
+                table[key] = held
+
+    @contextmanager
+    def instead(self, values: Mapping[int, Tensor], *, whole: bool = False) -> Iterator[None]:
+        """A block in which parameters, by ``id``, have other slices, or whole values."""
         before = self._places
-        moved = {i: Place(v, before[i].slices, before[i].group) for i, v in values.items()}
+        moved = {
+            i: Place(v, before[i].slices, None if whole else before[i].group)
+            for i, v in values.items()
+        }
         self._set(before | moved)
         try:
             yield
@@ -346,12 +371,31 @@ class _Kept:
         self._found.clear()
 
 
+_CURRENT: ContextVar[Regather | None] = ContextVar("regather", default=None)
+
+
+def whole_in(module: nn.Module) -> AbstractContextManager[None]:
+    """:meth:`Regather.whole_in` of the pass that runs, if parameters are sharded in it."""
+    mode = _CURRENT.get()
+    return nullcontext() if mode is None else mode.whole_in(module)
+
+
+def plain_type(module: nn.Module) -> type:
+    """The class of a module, without the one that ``fully_shard`` puts in front of it."""
+    if not is_fsdp(module):
+        return type(module)
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
 @contextmanager
 def gathering(model: nn.Module, places: Mapping[int, Place]) -> Iterator[Regather]:
     """A block in which the model's forward pass gathers parameters as it goes."""
     with ExitStack() as stack:
-        stack.enter_context(_without_sharding_hooks(model))
         mode = Regather(places)
+        stack.callback(_CURRENT.reset, _CURRENT.set(mode))
+        stack.enter_context(_without_sharding_hooks(model))
         stack.enter_context(mode.resumed_in(model))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(mode.pack, mode.unpack))
         stack.enter_context(mode)

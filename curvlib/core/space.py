@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -111,6 +111,13 @@ class ParamSpace:
         """``P``, of the whole vector where ranks hold rows of it; else as :attr:`size`."""
         return self.size if self.spread is None else self.spread.size
 
+    def whole(self) -> ParamSpace:
+        """The space of whole vectors: itself, where parameters are not sharded."""
+        if self.spread is None:
+            return self
+        shapes = tuple(part.shape for part in self.spread.slices)
+        return replace(self, shapes=shapes, spread=None)
+
     def gather(self, flat: Tensor) -> Tensor:
         """The whole vector ``[P]`` or block ``[P, K]`` on every rank, from each rank's rows.
 
@@ -166,6 +173,19 @@ class ParamSpace:
                 return slice(start, start + size)
             start += size
         raise ValueError(f"no parameter is named {name!r}; there are {list(self.names)}")
+
+    def at(self, entry: int) -> tuple[str, int]:
+        """The parameter that has an entry of a flat vector, and which of its entries it is.
+
+        Raises:
+            ValueError: If the vector has no such entry.
+        """
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if start <= entry < start + size:
+                return name, entry - start
+            start += size
+        raise ValueError(f"a flat vector of length {self.size} has no entry {entry}")
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Names of the parameters of each layer: the module that owns them, by its name."""

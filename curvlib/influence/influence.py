@@ -164,7 +164,8 @@ class Influence:
         fit: Mapping[str, Any] | None,
         progress: Progress,
     ) -> None:
-        risk.require_whole("influence")
+        if risk.group is None:
+            risk.require_whole("influence in one process")
         require_unit(unit, curvature)
         self.risk, self.preconditioner = preconditioner(
             risk, curvature, damping, relative=relative, fit=fit or {}, progress=progress
@@ -350,12 +351,16 @@ class Influence:
         return self._own
 
     def _directions(self, part: Part, queries: Queries) -> Directions:
+        if part.stepped:
+            with part.watched():
+                return queries.directions(self.risk, self.preconditioner)
         with together(part.group, "the directions of its queries"):
             return queries.directions(self.risk, self.preconditioner)
 
     def _self_scores(self, part: Part) -> Tensor:
+        none = part.risk.space.empty().new_zeros(0)
         found = part.gathered(
-            lambda: torch.cat([p.cpu() for p in self_products(part.risk, self.preconditioner)]),
+            lambda: torch.cat([none, *self_products(part.risk, self.preconditioner)]).cpu(),
             lambda: part.risk.space.empty().new_zeros(0).cpu(),
         )
         return found * self._factor

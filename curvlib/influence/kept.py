@@ -112,6 +112,10 @@ def _own_details(
     if part.group is None:
         return own()
     found = no_details(scan.risk, directions, indices)
+    if part.stepped:
+        with part.watched():
+            found = own()
+        return joined_details(part.group, found)
     with part.group.together("a second look at its examples"):
         if not part.empty:
             found = own()

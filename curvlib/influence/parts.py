@@ -13,17 +13,19 @@ number of ranks; the merged result is in the named file, for any number of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlib.core.group import Group
+from curvlib.core.rank_passes import RankPass, run_passes
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
+from curvlib.core.watch import telling, watching
 from curvlib.influence.details import Details
 from curvlib.influence.scan import Scan, ScanState, ranked
 from curvlib.operators.batch_examples import example_count
@@ -62,10 +64,29 @@ class Part:
         if self.group is None:
             return own()
         rows = empty()
-        with self.group.together("scoring its examples"):
-            if not self.empty:
+        if self.stepped:
+            with self.watched():
                 rows = own()
+        else:
+            with self.group.together("scoring its examples"):
+                if not self.empty:
+                    rows = own()
+        rows = empty() if not rows.numel() else rows
         return torch.cat(self.group.rows(rows.contiguous()))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A part of a scan that ranks go through in step: a failure of one is everybody's."""
+        if not self.stepped or self.group is None:
+            yield
+            return
+        with watching(self.group, self.risk.device), telling(self.group):
+            yield
+
+    @property
+    def stepped(self) -> bool:
+        """Whether ranks go through their examples together, as sharded parameters ask for."""
+        return bool(self.risk.places)
 
 
 def own_part(risk: Risk) -> Part:
@@ -75,9 +96,9 @@ def own_part(risk: Risk) -> Part:
         return Part(risk)
     own = 0
     with group.together("counting its examples"):
-        own = sum(example_count(batch) for batch in risk.batches(shard=True))
+        own = sum(example_count(batch) for batch in risk.stream.own())
     counts = tuple(int(n) for (n,) in group.numbers([float(own)]))
-    return Part(risk.alone(), sum(counts[: group.rank]), counts, group)
+    return Part(risk if risk.places else risk.alone(), sum(counts[: group.rank]), counts, group)
 
 
 def whole_part(risk: Risk) -> Part:
@@ -125,50 +146,30 @@ def scanned(
             progress=progress,
         )
     group = part.group
-    same = "" if checkpoint is None else problem()
-    beside = None
-    if checkpoint is not None:
-        path = Path(checkpoint)
-        beside = path.with_name(f"{path.name}.rank{group.rank}of{group.size}")
-
-    def own_scan() -> ScanState:
-        if part.empty:
-            return replace(scan.init(), done=True)
-        return run(
-            scan.init,
-            scan.step,
-            state_type=ScanState,
-            done=lambda state: state.done,
-            report=scan.report,
-            title="influence",
-            checkpoint=beside,
-            problem=lambda: same,
-            settings={**settings, "first": part.first, "examples": list(part.counts or ())},
-            save_every=save_every,
-            progress=progress if group.first else False,
-        )
-
-    def whole(_: ScanState) -> ScanState:
-        with group.together("its part of a scan"):
-            own = own_scan()
-        out = merged(group, own, scan)
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-        return out
-
-    return run(
+    idle = part.empty and not part.stepped
+    one = RankPass(
+        "its part of a scan",
+        begun=lambda _: replace(scan.init(), done=idle),
+        step=scan.step,
+        passed=lambda state: state.done,
+        joined=lambda _, own: merged(group, own, scan),
+        report=scan.report,
+        settings=lambda _: {"first": part.first, "examples": list(part.counts or ())},
+        stepped=part.stepped,
+    )
+    return run_passes(
+        group,
         scan.init,
-        whole,
+        one,
         state_type=ScanState,
         done=lambda state: state.done,
-        report=lambda state: (float(state.done), 1.0, ""),
         title="influence",
         checkpoint=checkpoint,
-        problem=lambda: same,
+        problem=problem,
         settings=settings,
-        save_every=0.0,
-        progress=False,
-        group=group,
+        device=part.risk.device,
+        save_every=save_every,
+        progress=progress,
     )
 
 

@@ -19,8 +19,8 @@ The work of what has no weights (attention, activations) is not counted, so time
 bounds; the bytes of factors and dense directions are exact, and compressed ones take no more, since
 layers share the ranks of theirs. Processes ("ranks") share queries, and examples of the
 scan; data-parallel ones all have the directions, and gather these once and their best scores at
-the end. Sharded ones keep a part of each direction; they gather parameters twice for a batch, and
-directions once.
+the end. Sharded ones all go through the queries and keep a part of each direction; they gather
+parameters twice for a batch of queries or examples, and bases or directions once.
 """
 
 from __future__ import annotations
@@ -189,6 +189,12 @@ def _queries(
     ]
     back = [s for s in layers if s.covered and s not in low] if factored else []
     work += Q * sum(2.0 * s.size * sum(dense_sides(s)) for s in back)
+    if ranks.sharded and rank is None:  # every rank goes through all of them, in a batch
+        values = sum(s.size for s in layers)
+        squares = sum(s.groups * side**2 for s in layers for side in dense_sides(s) if factored)
+        gathered = ranks.gather(float((3 * values + squares) * item))
+        largest = max(s.size + s.groups * sum(d**2 for d in dense_sides(s)) for s in layers)
+        return [Phase("queries", work, ranks.held(dense), 2.0 * largest * item + CHUNK, gathered)]
     share = ranks.share(Q)
     once = ranks.gather(dense)  # of directions, wherever they were made
     if rank is None or not low:

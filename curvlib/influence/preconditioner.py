@@ -158,11 +158,11 @@ def _matched(risk: Risk, op: LinearOperator) -> tuple[Risk, LinearOperator]:
                 f"the {op.name} operator is of another model: it has the parameters {absent[:6]}, "
                 "which the risk has not; fit one on this risk, or pass the same params="
             )
-        risk = risk.restrict([risk.params[name] for name in op.space.names])
-    if op.shape != (risk.space.size, risk.space.size):
+        risk = risk.restrict([risk.held.held[name] for name in op.space.names])
+    if op.shape != (risk.space.total, risk.space.total):
         raise ValueError(
             f"the {op.name} operator is of shape {list(op.shape)}, but the risk has "
-            f"{risk.space.size} parameters; fit one on this risk, or pass the same params="
+            f"{risk.space.total} parameters; fit one on this risk, or pass the same params="
         )
     if not isinstance(op, KFAC):
         return risk, op
@@ -170,25 +170,24 @@ def _matched(risk: Risk, op: LinearOperator) -> tuple[Risk, LinearOperator]:
     found = op.coverage()
     if not found.uncovered or found.diagonal:
         return risk, op
-    return risk.restrict([risk.params[name] for name in found.covered]), op._restricted(
-        found.covered
-    )
+    covered = [risk.held.held[name] for name in found.covered]
+    return risk.restrict(covered), op._restricted(found.covered)
 
 
 def _reached(risk: Risk, op: LinearOperator | None) -> tuple[Risk, LinearOperator | None]:
     """Without the parameters of blocks that are zero: gradients by them are, too."""
     if not isinstance(op, Kronecker):
         return risk, op
-    zero = [block for block in op.blocks_of.values() if not bool(block.eigenvalues.any())]
-    ranges = [place for block in zero for place in block.ranges]
+    ranges = [place for block in op.zero_blocks() for place in block.ranges]
+    whole = risk.space.whole()
     names = [
         name
         for name in risk.space.names
-        if not any(start <= risk.space.slice(name).start < stop for start, stop in ranges)
+        if not any(start <= whole.slice(name).start < stop for start, stop in ranges)
     ]
-    if not zero or not names:
+    if not ranges or not names:
         return risk, op
-    return risk.restrict([risk.params[name] for name in names]), op._restricted(tuple(names))
+    return risk.restrict([risk.held.held[name] for name in names]), op._restricted(tuple(names))
 
 
 def _solved(op: Any, columns: Tensor, damping: float) -> Tensor:

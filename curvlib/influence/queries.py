@@ -18,6 +18,7 @@ from curvlib.influence.directions import Directions, Keep, query_directions
 from curvlib.influence.factored import factored_blocks, factored_parts
 from curvlib.influence.low_rank import joined
 from curvlib.influence.preconditioner import Preconditioner
+from curvlib.influence.spread_queries import spread_directions
 
 
 def risk_on(risk: Risk, data: Any) -> Risk:
@@ -38,7 +39,7 @@ def risk_on(risk: Risk, data: Any) -> Risk:
                 f"expected a risk of the same model, but it has not the parameters {absent[:6]} of "
                 "the training data's; make it with the same model and params="
             )
-        return data.restrict(list(risk.params.values()))
+        return data.restrict(list(risk.held.held.values()))
     return data
 
 
@@ -59,7 +60,8 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
         ValueError: If a loader shuffles.
     """
     if measurement is None:
-        return risk_on(risk, query).alone()
+        found = risk_on(risk, query)
+        return _everywhere(found.on(found.data)) if risk.places else found.alone()
     if isinstance(query, Risk):
         raise TypeError(
             "measurement= comes with batches of queries; a Risk has its own loss: pass "
@@ -68,7 +70,7 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
     require_order(query)
     loss = read_loss(measurement)
     declared = loss.known or isinstance(getattr(measurement, "reduction", None), str)
-    return Risk(
+    found = Risk(
         risk.model,
         measurement,
         query,
@@ -76,10 +78,17 @@ def query_risk(risk: Risk, query: Any, measurement: Callable[[Any, Any], Tensor]
         target=risk.take_target,
         weight=risk.take_weight,
         reduction=None if declared else "sum",
-        params=list(risk.params.values()),
+        params=list(risk.held.held.values()),
         device=risk.device,
-        group=False,
+        group=risk.group if risk.places else False,
     )
+    return _everywhere(found)
+
+
+def _everywhere(risk: Risk) -> Risk:
+    """The risk, of data that is the same on every rank."""
+    risk.everywhere = True
+    return risk
 
 
 def misfit(queries: Risk, train: Risk) -> str | None:
@@ -94,7 +103,7 @@ def misfit(queries: Risk, train: Risk) -> str | None:
 
 
 def _shapes(risk: Risk) -> str:
-    for batch in risk.batches(shard=True):
+    for batch in risk.stream.own():
         each = [f"{list(t.shape[1:])} ({t.dtype})" for t in tensors(batch.data)]
         return "shapes " + ", ".join(each)
     return ""  # this process has no example
@@ -137,6 +146,14 @@ class Queries:
             ValueError: If queries cannot go through the model, and differ from the training data.
         """
         require_compression(self.rank, self.tolerance)
+        if train.places:
+            if self.compressed:
+                raise ValueError(
+                    "compressed directions need whole ones, and with sharded parameters each rank "
+                    "has a slice (a sharding that curvlib cannot follow here); leave rank= and "
+                    "tolerance= out"
+                )
+            return spread_directions(self.risk, preconditioner, self.reduction)
         keep: Keep | None = None
         if self.compressed:
             keep = functools.partial(compressed, rank=self.rank, tolerance=self.tolerance)

@@ -191,7 +191,7 @@ class Scan:
             if layers:
                 each.append((part.layers * self.factors(part)[:, None, None]).cpu())
             rows.append(torch.cat(each, 2))
-        return torch.cat(rows)
+        return torch.cat(rows) if rows else torch.zeros(0)  # this process may have no example
 
     def merged(self, state: ScanState, part: BatchScores) -> ScanState:
         """The state with a batch's scores added: a pure function."""

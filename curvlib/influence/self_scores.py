@@ -7,7 +7,7 @@ its own solve, with the flat gradients of some examples at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.risk import Risk
+from curvlib.core.spread_blocks import SpreadBlock
 from curvlib.core.structured import Diagonal
 from curvlib.influence.preconditioner import Preconditioner
+from curvlib.influence.spread_queries import inverse_blocks
 from curvlib.operators.example_scores import example_gradients_by_layers
 from curvlib.operators.example_squares import Metrics, example_squares
 from curvlib.operators.score_blocks import score_blocks
@@ -45,9 +47,34 @@ def self_products(risk: Risk, preconditioner: Preconditioner) -> Iterator[Tensor
         yield preconditioner.squares(rows)
 
 
+class _Gathered(Mapping[str, KroneckerBlock | None]):
+    """Metrics that ranks have slices of, whole while they are used."""
+
+    def __init__(self, blocks: Mapping[str, SpreadBlock], like: Tensor) -> None:
+        self._blocks = blocks
+        self._like = like
+
+    def __getitem__(self, name: str) -> KroneckerBlock:
+        own = self._blocks[name].whole()
+        return replace(
+            own,
+            left=None if own.left is None else own.left.to(self._like),
+            right=None if own.right is None else own.right.to(self._like),
+            eigenvalues=own.eigenvalues.to(self._like),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+
 def block_metrics(risk: Risk, preconditioner: Preconditioner) -> Metrics | None:
     """The preconditioner in each block of a risk, or ``None`` if it is no diagonal in these."""
     op, blocks = preconditioner.operator, score_blocks(risk)
+    if risk.places and op is not None:
+        return _Gathered(inverse_blocks(risk, preconditioner, blocks), risk.space.empty())
     if op is None:
         return dict.fromkeys(block.name for block in blocks)
     like = risk.space.empty()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from curvlib.core.result import Result
+from curvlib.core.sharded import plain_type
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +49,7 @@ def coverage_of(
     """The coverage of some parameters of a model, all but ``uncovered``."""
     by_type: dict[str, tuple[int, int]] = {}
     kinds = {
-        id(held): type(module).__name__
+        id(held): plain_type(module).__name__
         for module in reversed(list(model.modules()))
         for held in module._parameters.values()
     }

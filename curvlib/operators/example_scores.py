@@ -18,16 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from curvlib.core.batch import Batch
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, some_examples
 from curvlib.operators.query_directions import BlockDirections, DenseDirections
 from curvlib.operators.score_blocks import ScoreBlock, flat_rows, score_blocks
 from curvlib.operators.score_passes import GradientPass, GradientPasses, token_count
 from curvlib.operators.score_rows import Term, by_token, chunks, matrices, norms, terms
+from curvlib.operators.spread_directions import pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,36 +108,37 @@ def example_scores(
     """
     blocks = _fitting(risk, directions)
     passes = GradientPasses(risk, blocks, alone=alone)
-    batches = risk.batches()
-    for _ in range(start):
-        next(batches, None)
+    numbered = _Numbered(chosen, first)
+    batches = risk.stream.in_step(numbered.of(islice(_batches(risk), start, None)))
     while True:
         # the model is as it was whenever the caller has control
-        with risk.untouched(first_order=True):
+        with risk.untouched(first_order=True), risk.held.gathering():
             batch = next(batches, None)
             if batch is None:
                 return
-            n = example_count(batch)
-            numbers = torch.arange(first, first + n)
-            first += n
-            if chosen is not None:
-                numbers = chosen[(chosen >= first - n) & (chosen < first)].cpu()
-                if not len(numbers):
-                    continue
-                if len(numbers) < n:
-                    batch = some_examples(batch, numbers - (first - n))
-            pairs = None
-            if tokens and wanted is not None and chosen is not None:
+            numbers, first, pairs = numbered.numbers, numbered.next, None
+            if tokens and wanted is not None and chosen is not None and not batch.lent:
                 pairs = wanted[torch.searchsorted(chosen, numbers)]
             found = []
             for one in passes.of(batch):
                 own = None
-                if pairs is not None:
+                if pairs is not None and one.counts:
                     own, pairs = pairs[: one.examples], pairs[one.examples :]
-                found.append(
-                    _scores(one, blocks, directions, tokens=tokens, measure=norms, pairs=own)
+                scored = passes.attempt(
+                    partial(
+                        _scores,
+                        one,
+                        blocks,
+                        directions,
+                        tokens=tokens,
+                        measure=norms,
+                        pairs=own,
+                    )
                 )
-        yield _joined(batch.index, first, numbers, found, passes.alone)
+                if scored is not None and one.counts:
+                    found.append(scored)
+        if not batch.lent:
+            yield _joined(batch.index, first, numbers, found, passes.alone)
 
 
 def example_gradients_by_layers(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
@@ -190,21 +195,21 @@ def _scores(
     by_tokens = like.new_zeros((n, count, size))
     sizes = like.new_zeros((n, len(blocks)))
     for b, block in enumerate(blocks):
-        own = directions[block.name]
-        for at in chunks(block, found, like.dtype):
-            ones = tokens or measure
-            parts = list(terms(block, found, at, like.dtype, apart=tokens, ones=ones))
-            for term in parts:
-                if not tokens:
-                    layers[at, :, b] += own.contract(term.left, term.right)
-                    continue
-                each = _by_rows(own, term, None if pairs is None else pairs[at])
-                layers[at, :, b] += each.sum(-1)
-                placed = by_token(each, term.places, n, size)
-                if placed is not None:
-                    by_tokens[at] += placed
-            if measure:
-                sizes[at, b] = norms(parts, at.stop - at.start, like)
+        for which, own in pieces(directions[block.name]):
+            for at in chunks(block, found, like.dtype):
+                ones = tokens or measure
+                parts = list(terms(block, found, at, like.dtype, apart=tokens, ones=ones))
+                for term in parts:
+                    if not tokens:
+                        layers[at, which, b] += own.contract(term.left, term.right)
+                        continue
+                    each = _by_rows(own, term, None if pairs is None else pairs[at, which])
+                    layers[at, which, b] += each.sum(-1)
+                    placed = by_token(each, term.places, n, size)
+                    if placed is not None:
+                        by_tokens[at, which] += placed
+                if measure and which.start == 0:
+                    sizes[at, b] = norms(parts, at.stop - at.start, like)
     if not bool(torch.isfinite(layers.sum())) and not bool(torch.isfinite(layers).all()):
         found.require_finite()
         raise FloatingPointError(
@@ -212,6 +217,37 @@ def _scores(
             "overflow, or the directions are not finite; use float64, or a larger damping"
         )
     return layers, by_tokens if tokens else None, sizes if measure else None
+
+
+class _Numbered:
+    """Batches of the examples that are chosen, and their numbers.
+
+    Attributes:
+        numbers: Of the examples of the last batch.
+        next: Number of the first example that follows.
+    """
+
+    def __init__(self, chosen: Tensor | None, first: int) -> None:
+        self.chosen = chosen
+        self.next = first
+        self.numbers = torch.zeros(0, dtype=torch.int64)
+
+    def of(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; those without a chosen example are left out."""
+        for batch in batches:
+            n = example_count(batch)
+            first, self.next = self.next, self.next + n
+            self.numbers = torch.arange(first, self.next)
+            if self.chosen is None:
+                yield batch
+                continue
+            self.numbers = self.chosen[(self.chosen >= first) & (self.chosen < self.next)].cpu()
+            if len(self.numbers):
+                yield some_examples(batch, self.numbers - first) if len(self.numbers) < n else batch
+
+
+def _batches(risk: Risk) -> Iterator[Batch]:
+    return risk.stream.own() if risk.places else risk.batches()
 
 
 def _by_rows(own: BlockDirections, term: Term, pairs: Tensor | None) -> Tensor:

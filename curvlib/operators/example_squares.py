@@ -16,6 +16,7 @@ parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,23 +58,29 @@ def example_squares(risk: Risk, metrics: Metrics) -> Iterator[Tensor]:
     blocks = score_blocks(risk)
     _require_fitting(blocks, metrics)
     passes = GradientPasses(risk, blocks)
-    batches = risk.batches()
+    batches = risk.stream.together() if risk.places else risk.batches()
     while True:
         # the model is as it was whenever the caller has control
-        with risk.untouched(first_order=True):
+        with risk.untouched(first_order=True), risk.held.gathering():
             batch = next(batches, None)
             if batch is None:
                 return
-            found = torch.cat([_squares(one, blocks, metrics) for one in passes.of(batch)])
-        yield found
+            found = []
+            for one in passes.of(batch):
+                own = passes.attempt(partial(_squares, one, blocks, metrics))
+                if own is not None and one.counts:
+                    found.append(own)
+        if not batch.lent:
+            yield torch.cat(found)
 
 
 def _squares(found: GradientPass, blocks: list[ScoreBlock], metrics: Metrics) -> Tensor:
     risk = found.one.batch.risk
     out = risk.space.empty().new_zeros(found.examples)
     for block in blocks:
-        for at in _parts(block, found, metrics[block.name], out.dtype):
-            out[at] += _in_block(block, found, metrics[block.name], at, out)
+        metric = metrics[block.name]
+        for at in _parts(block, found, metric, out.dtype):
+            out[at] += _in_block(block, found, metric, at, out)
     if not bool(torch.isfinite(out).all()):
         found.require_finite()
         raise FloatingPointError(

@@ -77,6 +77,12 @@ def factored_damping(
     """
     if not isinstance(operator, Kronecker):
         raise TypeError(f"expected a Kronecker-factored operator, got {type(operator).__name__}")
+    if operator.spread is not None:
+        raise ValueError(
+            f"damping of factors needs whole eigenvalues, and those of {operator!r} are spread "
+            f"over {operator.spread.group.size} processes (a sharding that curvlib cannot follow "
+            "here); damp their products: operator.solve(x, damping)"
+        )
     if not finite_number("damping", damping) >= 0.0:
         raise ValueError(f"damping= is at least 0, got {damping}")
     values, factored = [], 0

@@ -99,8 +99,8 @@ def affordable_fisher(risk: Risk) -> str:
     none = torch.zeros(0, dtype=torch.float64, device=risk.space.device)
 
     def outputs() -> Tensor:
-        with risk.untouched(first_order=True), torch.no_grad():
-            for batch in risk.batches(shard=True):
+        with risk.untouched(first_order=True), risk.held.gathering(), torch.no_grad():
+            for batch in risk.stream.together():
                 output = risk.loss.readable(batch.output(), batch.target)
                 return none.new_tensor([output.numel() / max(1, example_count(batch))])
         return none

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core.data import tensors
+from curvlib.core.sharded import plain_type, whole_in
 from curvlib.operators import attention_maps, recurrent
 from curvlib.operators.hidden_map import HiddenMap, Unrolled
 
@@ -76,7 +77,7 @@ def hidden_maps(module: nn.Module) -> tuple[HiddenMap, ...]:
 def unfit(module: nn.Module) -> str:
     """Why a module's calls cannot be run again, or nothing; depends on its mode."""
     if type(module).forward is not _forward(module) or "forward" in module.__dict__:
-        return f"its module, a {type(module).__name__}, has a forward pass of its own"
+        return f"its module, a {plain_type(module).__name__}, has a forward pass of its own"
     dropout = getattr(module, "dropout", 0.0)
     deep = getattr(module, "num_layers", 2) > 1
     if module.training and deep and isinstance(dropout, float) and dropout > 0.0:
@@ -87,8 +88,8 @@ def unfit(module: nn.Module) -> str:
             else "or put nn.Dropout behind it"
         )
         return (
-            f"its {type(module).__name__} draws dropout {inside}, where the mask cannot be seen; "
-            f"set dropout=0.0 there (or model.eval()), {instead}"
+            f"its {plain_type(module).__name__} draws dropout {inside}, where the mask cannot be "
+            f"seen; set dropout=0.0 there (or model.eval()), {instead}"
         )
     return ""
 
@@ -110,7 +111,7 @@ def unrolled(
     """
     run = recurrent.run if recurrent.is_recurrent(module) else attention_maps.run
     # counted functions, hooks on functions and autocast are of the model's own pass
-    with torch._C.DisableTorchFunction(), torch.set_grad_enabled(graph):
+    with whole_in(module), torch._C.DisableTorchFunction(), torch.set_grad_enabled(graph):
         device = next(tensors([list(args), dict(kwargs)])).device.type
         with torch.autocast(device, enabled=False):
             return run(module, tuple(args), dict(kwargs))
@@ -154,8 +155,8 @@ def replay(
     """
     if not hides_maps(module):
         raise TypeError(
-            f"a {type(module).__name__} hides no linear map that curvlib knows; pass an LSTM, GRU, "
-            "RNN, one of their cells, or a MultiheadAttention"
+            f"a {plain_type(module).__name__} hides no linear map that curvlib knows; pass an "
+            "LSTM, GRU, RNN, one of their cells, or a MultiheadAttention"
         )
     reason = unfit(module)
     if reason:

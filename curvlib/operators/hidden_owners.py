@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from curvlib.core.sharded import plain_type
 from curvlib.operators.hidden_map import HiddenMap
 from curvlib.operators.hidden_maps import hidden_maps, hides_maps, unfit
 from curvlib.operators.layer_parameters import Parameters
@@ -61,12 +62,12 @@ class HiddenOwners:
             return reasons[0]
         param = self.held.params[name]
         everywhere = {
-            (id(module), key): type(module).__name__
+            (id(module), key): plain_type(module).__name__
             for module in self.held.model.modules()
             for key, held in module._parameters.items()
             if held is param
         }
-        kinds = {type(module).__name__ for module, _ in owners}
+        kinds = {plain_type(module).__name__ for module, _ in owners}
         others = {kind for place, kind in everywhere.items() if place not in self._places[name]}
         parts = _grouped(owners, "first" if name in self._weights else "bias_first")
         alike = all(

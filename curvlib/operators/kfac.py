@@ -29,23 +29,28 @@ import torch
 from torch import Tensor
 
 from curvlib.core.files import read_record, write_record
+from curvlib.core.group import together
 from curvlib.core.kronecker import Kronecker
-from curvlib.core.kronecker_blocks import KroneckerBlock, Part
+from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.linear_cross_entropy import needs_logits
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection, ParamSpace
+from curvlib.core.spread_blocks import SpreadBlock
 from curvlib.operators.coverage import Coverage, coverage_of
-from curvlib.operators.kfac_fit import (
-    Fit,
-    fitted,
-    kronecker_blocks,
-    rest_blocks,
+from curvlib.operators.kfac_files import (
+    loaded_blocks,
+    loaded_space,
+    saved_blocks,
+    saved_space,
 )
+from curvlib.operators.kfac_fit import Fit, fitted
+from curvlib.operators.kfac_in_step import SteppedFit
 from curvlib.operators.kfac_layers import factored_layers
 from curvlib.operators.kfac_prefix import prefix_batches
 from curvlib.operators.kfac_state import FitSettings, FitState
 from curvlib.operators.kfac_targets import require_kind
+from curvlib.operators.layer_parameters import whole_parameters
 from curvlib.operators.row_masks import Mask
 
 _SHARING = ("expand", "reduce")
@@ -66,7 +71,7 @@ class KFAC(Kronecker):
 
     def __init__(
         self,
-        blocks: Sequence[KroneckerBlock],
+        blocks: Sequence[KroneckerBlock | SpreadBlock],
         space: ParamSpace,
         *,
         eigenvalues: tuple[Sequence[Tensor], Sequence[Tensor] | None],
@@ -83,7 +88,7 @@ class KFAC(Kronecker):
             )
         super().__init__(
             [replace(b, eigenvalues=v) for b, v in zip(blocks, chosen, strict=True)],
-            space.size,
+            space.total,
             space=space,
             name="EK-FAC" if corrected else "K-FAC",
         )
@@ -127,34 +132,22 @@ class KFAC(Kronecker):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the operator to one safetensors file, both eigenvalues included.
 
+        Where it is spread over ranks, all of them call this; it is the file of one process.
+
         Raises:
             OSError: If the file cannot be written.
         """
         assert self.space is not None
-        first, second = self._eigenvalues
-        blocks = [
-            {
-                "name": block.name,
-                "parts": [[p.start, p.columns, p.transposed] for p in block.parts],
-                "left": block.left,
-                "right": block.right,
-                "kronecker": first[i],
-                "corrected": None if second is None else second[i],
-            }
-            for i, block in enumerate(self.blocks_of.values())
-        ]
-        found = self._coverage
         content: dict[str, Any] = {
-            "blocks": blocks,
-            "names": list(self.space.names),
-            "shapes": [list(shape) for shape in self.space.shapes],
-            "dtypes": [str(dtype) for dtype in self.space.dtypes],
+            "blocks": saved_blocks(list(self.blocks_of.values()), *self._eigenvalues),
+            **saved_space(self.space),
             "corrected": self.corrected,
             "settings": self.settings,
             "fitted_on": self.fitted_on,
-            "coverage": {name: getattr(found, name) for name in vars(found)},
+            "coverage": {name: getattr(self._coverage, name) for name in vars(self._coverage)},
         }
-        write_record(path, "KFAC", content)
+        group = None if self.spread is None else self.spread.group
+        write_record(path, "KFAC", content, group)
         return Path(path)
 
     @classmethod
@@ -170,38 +163,29 @@ class KFAC(Kronecker):
         Args:
             path: The file.
             risk: Checks that the operator is one of this risk: of the same parameters with the
-                same values, loss and data.
+                same values, loss and data. If its parameters are sharded, each rank reads what it
+                holds of the operator.
             device: Where tensors go that were not on the CPU when they were written.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged, holds something else, or is of another risk.
         """
-        kind, content = read_record(path, device)
-        if kind != "KFAC":
-            raise ValueError(f"{str(path)!r} holds a {kind}, expected a KFAC operator")
-        blocks = []
-        for own in content["blocks"]:
-            parts = tuple(Part(*part) for part in own["parts"])
-            blocks.append(
-                KroneckerBlock(own["name"], parts, own["left"], own["right"], own["kronecker"])
-            )
-        corrected = [own["corrected"] for own in content["blocks"]]
-        types = {str(t): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-        space = ParamSpace(
-            names=tuple(content["names"]),
-            shapes=tuple(tuple(shape) for shape in content["shapes"]),
-            dtypes=tuple(types[name] for name in content["dtypes"]),
-            dtype=blocks[0].eigenvalues.dtype,
-            device=blocks[0].eigenvalues.device,
-        )
+        spread = None if risk is None else risk.space.spread
+        with together(None if spread is None else spread.group, f"reading {str(path)!r}"):
+            kind, content = read_record(path, device, stored=spread is not None)
+            if kind != "KFAC":
+                raise ValueError(f"{str(path)!r} holds a {kind}, expected a KFAC operator")
+            space = loaded_space(content, device)
+            if risk is not None:
+                _require_alike(space, risk)
+            if risk is not None and spread is not None:
+                space = replace(risk.space, dtype=space.dtype)
+            blocks, first, second = loaded_blocks(content["blocks"], space)
         out = cls(
             blocks,
             space,
-            eigenvalues=(
-                [block.eigenvalues for block in blocks],
-                None if None in corrected else corrected,
-            ),
+            eigenvalues=(first, second),
             corrected=content["corrected"],
             coverage=Coverage(**content["coverage"]),
             settings=content["settings"],
@@ -214,20 +198,26 @@ class KFAC(Kronecker):
     def require_fits(self, risk: Risk) -> None:
         """Raises ValueError unless the operator was fitted on a risk."""
         assert self.space is not None
-        mine = dict(zip(self.space.names, self.space.shapes, strict=True))
-        others = dict(zip(risk.space.names, risk.space.shapes, strict=True))
-        if mine != others:
-            differ = sorted(n for n in mine.keys() | others.keys() if mine.get(n) != others.get(n))
-            raise ValueError(
-                f"the {self.name} operator is of another model: parameters {differ[:6]} differ in "
-                "name or shape; fit one with curvlib.kfac(risk)"
-            )
+        _require_alike(self.space, risk)
         if risk.fingerprint() != self.fitted_on:
             raise ValueError(
                 f"the {self.name} operator was fitted on another risk: parameters, buffers, loss "
                 "or data have other values; fit one with curvlib.kfac(risk), or load it without "
                 "risk="
             )
+
+
+def _require_alike(space: ParamSpace, risk: Risk) -> None:
+    mine, others = (
+        dict(zip(each.names, each.shapes, strict=True))
+        for each in (space.whole(), risk.space.whole())
+    )
+    if mine != others:
+        differ = sorted(n for n in mine.keys() | others.keys() if mine.get(n) != others.get(n))
+        raise ValueError(
+            f"the operator is of another model: parameters {differ[:6]} differ in name or shape; "
+            "fit one with curvlib.kfac(risk)"
+        )
 
 
 def kfac(
@@ -262,6 +252,8 @@ def kfac(
 
     Args:
         risk: Model, loss, data and parameters. Examples must be independent, which is checked.
+            Parameters may be sharded: then each rank holds rows of the operator
+            (:mod:`curvlib.core.spread_blocks`).
         eigen_corrected: Whether to fit corrected eigenvalues, too, in a second pass.
         fisher: ``"type2"``, exact: a backward pass for each of an example's outputs. ``"mc"``: one
             for each of the ``samples``, with targets drawn from the model's own predictions (for
@@ -316,7 +308,6 @@ def kfac(
     """
     if not isinstance(risk, Risk):
         raise TypeError(f"kfac takes a Risk, got {type(risk).__name__}")
-    risk.require_whole("curvlib.kfac")
     require_kind(risk.loss, fisher, samples)
     if risk.loss.linear is not None:
         raise needs_logits("K-FAC")
@@ -336,7 +327,7 @@ def kfac(
     if params is not None:
         risk = risk.restrict(params)
     layers, uncovered = factored_layers(
-        risk, dense_norms=dense_norms, max_side=max_side, gates=gates
+        whole_parameters(risk), dense_norms=dense_norms, max_side=max_side, gates=gates
     )
     _require_some(bool(layers), uncovered)
     settings = FitSettings(
@@ -350,15 +341,16 @@ def kfac(
         gates,
         prefix_batches(risk, prefix),
     )
-    fit = Fit(risk, layers, uncovered, settings, mask, safe=checkpoint is not None)
+    kind = Fit if risk.space.spread is None else SteppedFit
+    fit = kind(risk, layers, uncovered, settings, mask, safe=checkpoint is not None)
     state = fitted(fit, checkpoint=checkpoint, save_every=save_every, progress=progress)
     _require_some(bool(fit.layers(state)), state.uncovered)
     return _operator(fit, state)
 
 
 def _operator(fit: Fit, state: FitState) -> KFAC:
-    blocks = kronecker_blocks(fit, state)
-    others = rest_blocks(fit, state)
+    blocks = fit.blocks(state)
+    others = fit.rest_blocks(state)
     shared = [block.eigenvalues for block in others]
     corrected = [state.sums[block.name] for block in blocks if block.name in state.sums]
     first = [block.eigenvalues for block in blocks] + shared
@@ -370,7 +362,7 @@ def _operator(fit: Fit, state: FitState) -> KFAC:
         corrected=fit.settings.eigen_corrected,
         coverage=coverage_of(
             fit.risk.model,
-            fit.risk.params,
+            fit.held.params,
             state.uncovered,
             diagonal=fit.settings.rest == "diagonal",
         ),

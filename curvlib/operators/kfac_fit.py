@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
+from curvlib.core.file_parts import StateParts
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, Report, run
@@ -34,12 +36,16 @@ from curvlib.operators.kfac_sums import (
 )
 from curvlib.operators.kfac_targets import Direction, counted_examples, directions
 from curvlib.operators.layer_finite import require_finite
+from curvlib.operators.layer_parameters import whole_parameters
 from curvlib.operators.layer_uses import Pass, Watcher, with_last
 from curvlib.operators.row_masks import Mask
 
 
 class Fit:
     """Steps of a fit: see :func:`fitted`."""
+
+    stepped = False  # whether ranks go through batches together
+    parts: StateParts | None = None  # how files hold states of which ranks have slices
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Fit:
         safe: bool,
     ) -> None:
         self.risk = risk
+        self.held = whole_parameters(risk)
         self.all_layers = list(layers)
         self.first_uncovered = uncovered
         self.settings = settings
@@ -67,10 +74,16 @@ class Fit:
         self.total: int | None = None if risk.in_memory is None else len(risk.in_memory)
         self.prefix = settings.prefix  # batches of this rank that factors are of
 
+    def _factor_zeros(self) -> Sums:
+        return factor_sums(self.all_layers, self.like)
+
+    def _rest_zeros(self, name: str) -> Tensor:
+        return self.like.new_zeros(self.held.params[name].numel())
+
     # ------------------------------------------------------------------- steps
     def init(self) -> FitState:
         """The state before the first batch."""
-        sums = factor_sums(self.all_layers, self.like)
+        sums = self._factor_zeros()
         calls = dict.fromkeys((layer.name for layer in self.all_layers), 0)
         return FitState(
             phase=FACTORS,
@@ -92,9 +105,9 @@ class Fit:
         """One batch more, or, where the pass is at its end, what follows from its sums."""
         if state.ended:
             return self.concluded(state)
-        if state.phase == FACTORS and state.batch == self.prefix:
+        if state.phase == FACTORS and state.batch == self.prefix and not self.stepped:
             return replace(state, ended=True)
-        with self.risk.untouched(first_order=True):
+        with self.risk.untouched(first_order=True), self.risk.held.gathering():
             batch = self._next(state)
             if batch is not None:
                 return self._added(state, batch)
@@ -136,7 +149,7 @@ class Fit:
         self._at = (state.phase, state.batch + 1)
         if batch is None:
             self._stream = None
-        elif state.phase == FACTORS and self.prefix is not None:
+        elif state.phase == FACTORS and self.prefix is not None and not self.stepped:
             self._held.append(batch)
         return batch
 
@@ -145,7 +158,7 @@ class Fit:
         if state.phase == EIGENVALUES and self._held and self._source is not None:
             held, self._held = self._held, []
             return replayed(held, self._source)
-        self._source = self.risk.batches(shard=True)
+        self._source = self.risk.stream.own()
         skipped = [next(self._source) for _ in range(state.batch)]
         self._held = skipped if state.phase == FACTORS and self.prefix else []
         return self._source
@@ -169,12 +182,17 @@ class Fit:
         if self.safe:
             for name, total in state.sums.items():
                 total += sums[name]
+        return self._counted(state, batch, found)
+
+    def _counted(self, state: FitState, batch: Batch, found: Sums) -> FitState:
+        """The state after a batch whose terms have been added."""
+        assert self._watcher is not None
         weight = 0.0 if self.risk.loss.reduction == "sum" else float(batch.weight)
         return replace(
             state,
             batch=state.batch + 1,
             weight=state.weight + weight,
-            examples=state.examples + example_count(batch),
+            examples=state.examples + (0 if batch.lent else example_count(batch)),
             counts=found.counts,
             calls=dict(self._watcher.calls),
             uses={name: dict(own) for name, own in self._watcher.uses.counts.items()},
@@ -236,18 +254,31 @@ class Fit:
             reason = miscounted(layer, state.calls, state.uses)
             pair = None if reason else factors(layer, state.sums, state.counts, weight)
             if pair is None:
-                reason = reason or "no row of its inputs counts, or no gradient reaches it"
-                reason += "" if self.settings.prefix is None else " (in the prefix)"
-                uncovered.update(dict.fromkeys(layer.names, reason))
+                uncovered.update(self._without(layer, reason))
                 continue
             pairs |= {f"{layer.name}|{side}": p for side, p in zip(SIDES, pair, strict=True)}
             if self.settings.eigen_corrected:
                 corrected[layer.name] = self.like.new_zeros(layer.shape)
         values, bases = decomposed(pairs, self.settings.dtype, self.risk.group)
+        return self._after_factors(state, (corrected, bases, values), uncovered)
+
+    def _without(self, layer: FactoredLayer, reason: str) -> dict[str, str]:
+        """Why the parameters of a layer that has no factors are in none."""
+        reason = reason or "no row of its inputs counts, or no gradient reaches it"
+        reason += "" if self.settings.prefix is None else " (in the prefix)"
+        return dict.fromkeys(layer.names, reason)
+
+    def _after_factors(
+        self,
+        state: FitState,
+        found: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]],
+        uncovered: dict[str, str],
+    ) -> FitState:
+        """The state before the second pass: zeros, eigenvectors and eigenvalues of factors."""
+        corrected, bases, values = found
         if self.settings.rest == "diagonal":
             for name in uncovered:
-                size = self.risk.params[name].numel()
-                corrected[f"{name}|rest"] = self.like.new_zeros(size)
+                corrected[f"{name}|rest"] = self._rest_zeros(name)
         self._stream = None
         return replace(
             state,
@@ -295,6 +326,31 @@ class Fit:
             )
         return state.weight
 
+    # ------------------------------------------------------------------------ blocks
+    def blocks(self, state: FitState) -> list[Any]:
+        """The blocks with the eigenvalues of the Kronecker products."""
+        blocks = []
+        for layer in self.layers(state):
+            left, right = (state.values[f"{layer.name}|{side}"] for side in SIDES)
+            values = (left[:, :, None] * right[:, None, :]).to(self.settings.dtype)
+            bases = _basis(state, layer.name)
+            blocks.append(KroneckerBlock(layer.name, layer.parts, *bases, values))
+        return blocks
+
+    def rest_blocks(self, state: FitState) -> list[Any]:
+        """Diagonal blocks of what is in no layer, where they were asked for."""
+        return [
+            KroneckerBlock(
+                f"{name} (diagonal)",
+                (Part(self.held.space.slice(name).start, self.held.params[name].numel()),),
+                None,
+                None,
+                state.sums[f"{name}|rest"].view(1, 1, -1),
+            )
+            for name in state.uncovered
+            if f"{name}|rest" in state.sums
+        ]
+
 
 def fitted(
     fit: Fit,
@@ -325,31 +381,6 @@ def fitted(
         save_every=save_every,
         progress=progress,
     )
-
-
-def kronecker_blocks(fit: Fit, state: FitState) -> list[KroneckerBlock]:
-    """The blocks with the eigenvalues of the Kronecker products."""
-    blocks = []
-    for layer in fit.layers(state):
-        left, right = (state.values[f"{layer.name}|{side}"] for side in ("left", "right"))
-        values = (left[:, :, None] * right[:, None, :]).to(fit.settings.dtype)
-        blocks.append(KroneckerBlock(layer.name, layer.parts, *_basis(state, layer.name), values))
-    return blocks
-
-
-def rest_blocks(fit: Fit, state: FitState) -> list[KroneckerBlock]:
-    """Diagonal blocks of what is in no layer, where they were asked for."""
-    return [
-        KroneckerBlock(
-            f"{name} (diagonal)",
-            (Part(fit.risk.space.slice(name).start, fit.risk.params[name].numel()),),
-            None,
-            None,
-            state.sums[f"{name}|rest"].view(1, 1, -1),
-        )
-        for name in state.uncovered
-        if f"{name}|rest" in state.sums
-    ]
 
 
 def _basis(state: FitState, name: str) -> Basis:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core.kronecker_blocks import Part
+from curvlib.core.sharded import plain_type
 from curvlib.operators.hidden_owners import HiddenGroup, HiddenOwners
 from curvlib.operators.layer_inputs import Layer, layer_of
 from curvlib.operators.layer_parameters import Parameters
@@ -140,7 +141,7 @@ def role_of(module: nn.Module) -> str | None:
         return "scale"
     # Hugging Face's and others' own RMSNorm classes: one weight along the last axis
     own = module._parameters.get("weight")
-    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    named = plain_type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
     return "scale" if named and own is not None and own.ndim == 1 else None
 
 
@@ -160,7 +161,7 @@ def _owners(risk: Parameters, param: Tensor) -> list[tuple[nn.Module, str]]:
 
 def _unfit(owners: list[tuple[nn.Module, str]], keys: set[str]) -> str:
     """Why a parameter is in no factored layer, or nothing."""
-    kinds = " and ".join(sorted({type(module).__name__ for module, _ in owners}))
+    kinds = " and ".join(sorted({plain_type(module).__name__ for module, _ in owners}))
     roles = {role_of(module) for module, _ in owners}
     if None in roles:
         return (
@@ -203,7 +204,7 @@ def _layer(
     roles = [role_of(module) or "" for module in modules]
     owner = (weight or bias or "").rpartition(".")[0]
     name = (owner or weight or "weight") if weight is not None else bias or ""
-    kind = " and ".join(sorted({type(module).__name__ for module in modules}))
+    kind = " and ".join(sorted({plain_type(module).__name__ for module in modules}))
     size = 0 if bias is None else risk.params[bias].numel()
     parts: list[Part] = []
     shape = (1, 1, size) if roles[0] == "scale" else (1, size, 1)  # of a bias on its own
@@ -238,7 +239,7 @@ def _inside(risk: Parameters, own: HiddenGroup) -> FactoredLayer:
     shape = (own.groups, first.outputs // own.groups, sum(part.columns for part in parts))
     return FactoredLayer(
         name=own.name,
-        kind=" and ".join(sorted({type(module).__name__ for module in own.modules})),
+        kind=" and ".join(sorted({plain_type(module).__name__ for module in own.modules})),
         weight=own.weight,
         bias=own.bias,
         modules=tuple((module, "matrix") for module in own.modules),

@@ -18,8 +18,9 @@ eigenvalues    :math:`N (2 (1 + c) T O I)`, and the   :math:`O I`               
 
 Passes count :math:`2 T O I` forward and as much backward, since no gradients of weights are
 formed. Passes are shared by the ranks. Data-parallel ranks each factorize all layers, and so have
-the same bits; sharded ones factorize and keep their part, and gather parameters
-:math:`1 + c` times for a batch, bases once.
+the same bits. Sharded ones decompose and keep their part, and have one layer whole at a time; they
+gather parameters :math:`1 + c` times for a batch, and for each batch sum factors and gather bases
+as :mod:`curvlib.operators.kfac_in_step` says.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from curvlib.core.plan import Phase, Ranks
 from curvlib.core.risk import Risk
 from curvlib.operators.fisher_diagonal import affordable_fisher
 from curvlib.operators.kfac_squares import route
-from curvlib.operators.kfac_sums import TILE
+from curvlib.operators.kfac_sums import HELD, TILE
 from curvlib.operators.known_examples import known_examples
 from curvlib.operators.layer_shapes import LayerShape, layer_shapes
 
@@ -97,11 +98,16 @@ def fit_phases(
         for left, right in [_entries(s)]
     )
     factors = float(sum(s.groups * sum(_entries(s)) for s in own) * item)
+    layer = max((s.groups * sum(_entries(s)) + s.size for s in own), default=0) * item
+    whole = 2.0 * layer if ranks.sharded else 0.0  # with the buffer that is sent
+    rounds, held = _rounds(own, batch, c, item) if ranks.sharded else (1, 0.0)
+    lefts = float(sum(s.groups * _entries(s)[0] for s in own) * item)
+    of_factors = here * ranks.gather(factors + (rounds - 1) * lefts)
     yield Phase(
         "factors",
         share * (passes + moments),
-        working=ranks.held(factors) + activations,
-        traffic=gathered + _sum(factors, ranks),
+        working=ranks.held(factors) + activations + held + whole,
+        traffic=gathered + (of_factors if ranks.sharded else ranks.all_reduce(factors)),
     )
     widest = max((max(dense_sides(s), default=0) for s in own), default=0)
     cubes = sum(9.0 * s.groups * side**3 for s in own for side in dense_sides(s))
@@ -111,14 +117,20 @@ def fit_phases(
         cubes / ranks.count if ranks.sharded else cubes,
         kept=ranks.held(bases),
         working=3.0 * 8.0 * widest**2,
+        traffic=ranks.gather((1.0 + 8.0 / item) * bases) / ranks.count if ranks.sharded else 0.0,
     )
     if curvature == "kfac":  # products of the eigenvalues of the factors
         yield Phase("eigenvalues", 0.0, kept=ranks.held(values))
         return
     again = passes + sum(N * _squares(s, c) for s in own)
-    sent = gathered + (here * ranks.gather(bases) if ranks.sharded else 0.0)
-    kept = ranks.held(values)
-    yield Phase("eigenvalues", share * again, kept, activations + rows, sent + _sum(values, ranks))
+    of_values = here * rounds * ranks.gather(bases + values)
+    yield Phase(
+        "eigenvalues",
+        share * again,
+        ranks.held(values),
+        activations + rows + held + whole,
+        gathered + (of_values if ranks.sharded else ranks.all_reduce(values)),
+    )
 
 
 def fit_settings(
@@ -171,6 +183,13 @@ def rows_bytes(s: LayerShape, item: int) -> int:
 def _sum(size: float, ranks: Ranks) -> float:
     """Bytes that a rank sends for a sum that all, or each its part, hold."""
     return ranks.gather(size) if ranks.sharded else ranks.all_reduce(size)
+
+
+def _rounds(layers: Sequence[LayerShape], batch: int, c: int, item: int) -> tuple[int, float]:
+    """In how many rounds a batch's directions are added, and bytes of gradients of one round."""
+    each = float(batch * sum(s.groups * s.rows * s.outputs for s in layers) * item)
+    some = max(1, min(c, math.ceil(HELD / each))) if each else 1
+    return math.ceil(c / some), some * each
 
 
 def _half(side: int) -> float:

@@ -44,7 +44,7 @@ def prefix_batches(risk: Risk, prefix: float | None) -> int | None:
         raise TypeError(f"prefix= is a number of batches or a fraction, got {kind}")
     total = batch_count(risk.data if risk.in_memory is None else risk.in_memory)
     if risk.group is not None:  # batches of all ranks, in their order
-        own = sum(1 for _ in risk.batches(shard=True)) if total is None else total
+        own = sum(1 for _ in risk.stream.own()) if total is None else total
         total = sum(int(n) for (n,) in risk.group.numbers([float(own)]))
     if isinstance(value, float):
         if not 0.0 < value <= 1.0:

@@ -24,14 +24,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvlib.core.group import Group
-from curvlib.core.run import Progress, run
+from curvlib.core.rank_passes import RankPass, run_passes
+from curvlib.core.run import Progress
 from curvlib.operators.kfac_state import DONE, FitState
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def decomposed(
     dense = {key: factor for key, factor in factors.items() if factor.ndim == 3}
     values = {key: factor for key, factor in factors.items() if factor.ndim == 2}
     bases: dict[str, Tensor] = {}
-    owners = _owners(dense, 1 if group is None else group.size)
+    shapes = {key: tuple(factor.shape) for key, factor in dense.items()}
+    owners = owners_of(shapes, 1 if group is None else group.size)
     own = [key for key, rank in owners.items() if group is None or rank == group.rank]
 
     def decompose() -> None:
@@ -76,11 +77,14 @@ def decomposed(
     return {key: values[key] for key in factors}, {key: bases[key] for key in dense}
 
 
-def _owners(factors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
-    """Which rank decomposes which factor: the costliest first, to the rank with the least work."""
+def owners_of(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
+    """Which rank decomposes which factor ``[G, d, d]``, by key.
+
+    The costliest first, to the rank with the least work.
+    """
     work = [0.0] * ranks
     out = {}
-    cost = {key: factor.shape[0] * float(factor.shape[1]) ** 3 for key, factor in factors.items()}
+    cost = {key: shape[0] * float(shape[1]) ** 3 for key, shape in shapes.items()}
     for key in sorted(cost, key=lambda key: (-cost[key], key)):
         out[key] = work.index(min(work))
         work[out[key]] += cost[key]
@@ -100,54 +104,41 @@ def fitted_by_ranks(
     Raises:
         RuntimeError: If another rank fails.
     """
-    problem = "" if checkpoint is None else fit.risk.fingerprint()
-    beside = None
-    if checkpoint is not None:
-        path = Path(checkpoint)
-        beside = path.with_name(f"{path.name}.rank{group.rank}of{group.size}")
     fit.prefix = _own_prefix(fit, group)
 
-    def one_pass(state: FitState) -> FitState:
-        with group.together("its part of a fit"):
-            own = run(
-                lambda: _begun(state),
-                fit.step,
-                state_type=FitState,
-                done=lambda state: state.ended,
-                report=fit.report,
-                title="K-FAC",
-                checkpoint=beside,
-                problem=lambda: problem,
-                settings={**settings, "pass": state.phase, "rank": group.rank},
-                device=fit.risk.space.device,
-                save_every=save_every,
-                progress=progress if group.first else False,
-            )
-        return fit.concluded(_joined(group, state, own))
-
-    def finished(state: FitState) -> FitState:
+    def joined(state: FitState, own: FitState) -> FitState:
         if state.ended:  # in one process, which is where the checkpoint is from
             return fit.concluded(state)
-        out = one_pass(state)
-        group.wait()
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-        return out
+        sums = own.sums if fit.stepped else _summed(group, own.sums)
+        return fit.concluded(_joined(group, state, own, sums))
 
-    return run(
+    def begun(state: FitState) -> FitState:
+        return state if state.ended else _begun(state)
+
+    one: RankPass[FitState] = RankPass(
+        "its part of a fit",
+        begun=begun,
+        step=fit.step,
+        passed=lambda state: state.ended,
+        joined=joined,
+        report=fit.report,
+        settings=lambda state: {"pass": state.phase, "rank": group.rank},
+        stepped=fit.stepped,
+    )
+    return run_passes(
+        group,
         fit.init,
-        finished,
+        one,
         state_type=FitState,
         done=lambda state: state.phase == DONE,
-        report=lambda state: (float(state.phase), float(DONE), ""),
         title="K-FAC",
         checkpoint=checkpoint,
-        problem=lambda: problem,
+        problem=fit.risk.fingerprint,
         settings=settings,
         device=fit.risk.space.device,
-        save_every=0.0,
-        progress=False,
-        group=group,
+        save_every=save_every,
+        progress=progress,
+        parts=fit.parts,
     )
 
 
@@ -171,22 +162,27 @@ def _own_prefix(fit: Fit, group: Group) -> int | None:
         return None
     own = fit.total
     if own is None:
-        own = sum(1 for _ in fit.risk.batches(shard=True))
+        own = sum(1 for _ in fit.risk.stream.own())
     counts = [int(n) for (n,) in group.numbers([float(own)])]
     before = sum(counts[: group.rank])
     return min(max(fit.settings.prefix - before, 0), own)
 
 
-def _joined(group: Group, before: FitState, own: FitState) -> FitState:
-    """The state of a pass over all data: sums over ranks, which each of them has afterwards."""
-    names = sorted(own.sums)
+def _summed(group: Group, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over ranks, one for each type of number."""
+    names = sorted(own)
     summed: dict[str, Tensor] = {}
-    for dtype in sorted({own.sums[name].dtype for name in names}, key=str):
-        members = [name for name in names if own.sums[name].dtype == dtype]
-        flat = group.add(torch.cat([own.sums[name].reshape(-1) for name in members]))
-        parts = flat.split([own.sums[name].numel() for name in members])
+    for dtype in sorted({own[name].dtype for name in names}, key=str):
+        members = [name for name in names if own[name].dtype == dtype]
+        flat = group.add(torch.cat([own[name].reshape(-1) for name in members]))
+        parts = flat.split([own[name].numel() for name in members])
         for name, part in zip(members, parts, strict=True):
-            summed[name] = part.view(own.sums[name].shape)
+            summed[name] = part.view(own[name].shape)
+    return {name: summed[name] for name in own}
+
+
+def _joined(group: Group, before: FitState, own: FitState, sums: dict[str, Tensor]) -> FitState:
+    """The state of a pass over all data, which each rank has afterwards."""
     told = group.values(
         [own.weight, own.examples, own.counts, own.calls, own.uses, own.alone, own.batch]
     )
@@ -196,7 +192,7 @@ def _joined(group: Group, before: FitState, own: FitState) -> FitState:
         batch=sum(batches),
         weight=float(sum(weights)),
         examples=sum(examples),
-        sums={name: summed[name] for name in own.sums},
+        sums=sums,
         counts={name: sum(each[name] for each in counts) for name in own.counts},
         calls={name: sum(each[name] for each in calls) for name in own.calls},
         uses={name: _added([each[name] for each in uses]) for name in own.uses},

@@ -36,6 +36,8 @@ from curvlib.operators.layer_uses import Use
 CHUNK = 64 * 2**20
 #: The same of rows and gradients of examples, which are read again while they are in the cache.
 MATRICES = 16 * 2**20
+#: Bytes of gradients of several directions that ranks in step keep at once.
+HELD = 256 * 2**20
 #: Columns of a second moment that are added up at once: only those at and after them are.
 TILE = 64
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvlib.core.sharded import plain_type
+
 _CONVOLUTIONS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
@@ -104,7 +106,7 @@ def layer_of(module: nn.Module) -> Layer | None:
             plain = own is base.forward and _inner(type(module)) is _inner(base)
             groups: Any = module.groups  # nn.Module's attributes are tensors or modules to mypy
             return Layer(kind, shape, int(groups)) if plain else None
-    if type(module).__name__ == "Conv1D" and weight.ndim == 2 and hasattr(module, "nf"):
+    if plain_type(module).__name__ == "Conv1D" and weight.ndim == 2 and hasattr(module, "nf"):
         return Layer("transposed", shape)
     return None
 

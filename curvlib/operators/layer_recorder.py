@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from curvlib.core.space import ParamSelection, ParamSpace, select
 from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.hidden_calls import HiddenReplay, distinct, layers_inside
 from curvlib.operators.kfac_layers import factored_layers
+from curvlib.operators.layer_parameters import Chosen
 from curvlib.operators.layer_replay import ModuleCall
 from curvlib.operators.layer_uses import Use
 from curvlib.operators.live_labels import pulled_back, require_samplable, require_terms
@@ -52,15 +53,6 @@ from curvlib.operators.recorder_hooks import (
 from curvlib.operators.row_order import RowOrder
 
 _WAITING = 8
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model and its chosen parameters."""
-
-    model: nn.Module
-    params: Mapping[str, Tensor]
-    space: ParamSpace
 
 
 class LayerRecorder:
@@ -137,7 +129,7 @@ class LayerRecorder:
         self.seed = seed
         self.draw = 0
         self.output = output
-        self._held = _Model(model, chosen, ParamSpace.from_named(chosen))
+        self._held = Chosen(model, chosen, ParamSpace.from_named(chosen))
         layers, uncovered = factored_layers(
             self._held, dense_norms=dense_norms, max_side=max_side, gates=gates
         )

@@ -120,14 +120,18 @@ def scale_rows(
 def normalized(use: Use) -> Tensor:
     r"""What a normalization layer multiplies by its weight: its output is linear in it."""
     module = use.module
-    names = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
-    x = use.x.to(next(t.dtype for t in module._parameters.values() if t is not None))
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    names = [name for name in ("weight", "bias") if name in held]
+    x = use.x.to(next(iter(held.values())).dtype)
     with torch.no_grad():
         ends = []
         for value in (1.0, 0.0):
             swapped = {
-                f"model.{name}": torch.full_like(
-                    getattr(module, name), value if name == "weight" else 0.0
+                f"model.{name}": torch.full(
+                    tuple(held[name].shape),
+                    value if name == "weight" else 0.0,
+                    dtype=held[name].dtype,
+                    device=x.device,
                 )
                 for name in names
             }

@@ -27,11 +27,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
 from curvlib.core.risk import Risk
+from curvlib.core.watch import NoAnswerError
 from curvlib.operators.batch_examples import example_count, one_example
 from curvlib.operators.hidden_calls import HiddenCall, HiddenUse, distinct, layers_inside, noted
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_inputs import positions
+from curvlib.operators.row_checks import among, close, last_rows
 from curvlib.operators.row_masks import Mask, mask_at, row_mask
 from curvlib.operators.weight_uses import WeightUses
 
@@ -191,7 +193,7 @@ class Watcher:
         self.layers = list(layers)
         self.mask = mask
         self.alone = alone
-        named = {name: risk.params[name] for layer in layers for name in layer.names}
+        named = {name: risk.held.held[name] for layer in layers for name in layer.names}
         self.uses = WeightUses(named)
         self.calls = dict.fromkeys((layer.name for layer in layers), 0)
         self._hidden = layers_inside(self.layers)
@@ -203,47 +205,72 @@ class Watcher:
         Raises:
             ValueError: If examples depend on each other, or a batch cannot be split.
         """
-        n = example_count(batch)
-        if n == 0:
-            raise ValueError(f"batch {batch.index} has no example; leave it out")
+        n = self.examples(batch)
         if not self.alone or n == 1:
-            found = self._run(batch, counted=True)
+            found = self.run(batch, self.kept(batch))
             if n == 1 or self._recognized(found, n):
                 yield found
                 return
             self.alone = True
         for i in range(n):
-            yield self._run(one_example(batch, i), counted=True)
+            one = one_example(batch, i)
+            yield self.run(one, self.kept(one))
+
+    def examples(self, batch: Batch) -> int:
+        """How many examples a batch has.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        n = example_count(batch)
+        if n == 0:
+            raise ValueError(f"batch {batch.index} has no example; leave it out")
+        return n
 
     def _recognized(self, found: Pass, n: int) -> bool:
         """Whether the rows of all uses are known to belong to the examples as they seem to."""
-        mixed = self.uses.selects or any(use.rows(n) is None for use in found.uses)
-        signature = (n, *((use.layer, tuple(use.x.shape)) for use in found.uses))
-        if signature in self._verified and not self.uses.sorts and not mixed:
-            return True
-        single = self._single(found.batch, n)
-        same = not mixed and [u.layer for u in single.uses] == [u.layer for u in found.uses]
+        return not self.unverified(found, n) or self.verified(found, self.last_alone(found, n))
+
+    def unverified(self, found: Pass, n: int) -> bool:
+        """Whether it is not known yet if rows belong to the examples as they seem to."""
+        return (
+            self._signature(found, n) not in self._verified or self.uses.sorts or self._mixed(found)
+        )
+
+    def verified(self, found: Pass, single: Pass) -> bool:
+        """Whether rows belong to the examples as they seem to, given :meth:`last_alone`."""
+        n, same = found.examples, not self._mixed(found)
+        same = same and [u.layer for u in single.uses] == [u.layer for u in found.uses]
         same = same and all(
-            _close(_last_rows(a, n), _last_rows(b, 1))
+            close(last_rows(a, n), last_rows(b, 1))
             for a, b in zip(found.uses, single.uses, strict=True)
         )
         mine, others = next(tensors(single.output), None), next(tensors(found.output), None)
-        if mine is not None and others is not None and not _among(mine, others, n):
+        if mine is not None and others is not None and not among(mine, others, n):
             raise ValueError(
                 f"the last example of batch {found.batch.index} has another output when it is "
                 "alone: examples depend on each other, or the model draws random numbers; put "
                 "BatchNorm into eval mode, and switch off dropout (model.eval())"
             )
         if same:
-            self._verified.add(signature)
+            self._verified.add(self._signature(found, n))
         return same
 
-    def _single(self, batch: Batch, n: int) -> Pass:
+    def _mixed(self, found: Pass) -> bool:
+        return self.uses.selects or any(use.rows(found.examples) is None for use in found.uses)
+
+    def _signature(self, found: Pass, n: int) -> Any:
+        return (n, *((use.layer, tuple(use.x.shape)) for use in found.uses))
+
+    def last_alone(self, found: Pass, n: int) -> Pass:
         """The pass of the last example alone, without a graph."""
+        batch = found.batch
         one = one_example(batch, n - 1)
         try:
             with torch.no_grad():
-                return self._run(one, counted=False)
+                return self._run(one, None, counted=False)
+        except NoAnswerError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"the last example of batch {batch.index} cannot go through the model alone "
@@ -251,9 +278,20 @@ class Watcher:
                 "mode (model.eval()), or let forward= take batches of one example"
             ) from error
 
-    def _run(self, batch: Batch, *, counted: bool) -> Pass:
+    def kept(self, batch: Batch) -> Tensor | None:
+        """Which rows of a batch count, or ``None`` for all.
+
+        Raises:
+            TypeError: If the mask is no bool tensor.
+        """
+        return None if self.mask is None else row_mask(self.mask, batch.data)
+
+    def run(self, batch: Batch, kept: Tensor | None = None) -> Pass:
+        """One forward pass, whose uses are counted, where just some rows do."""
+        return self._run(batch, kept, counted=True)
+
+    def _run(self, batch: Batch, kept: Tensor | None, *, counted: bool) -> Pass:
         uses: list[Use | HiddenCall] = []
-        kept = None if self.mask is None else row_mask(self.mask, batch.data)
         n = example_count(batch)
         with self._hooked(uses, kept, n, counted=counted):
             if counted:
@@ -363,37 +401,3 @@ def _noting_call(uses: list[Use | HiddenCall]) -> Any:
         return taken
 
     return note
-
-
-def _last_rows(use: Use, n: int) -> Tensor:
-    """Inputs of the last example, examples along the first axis or folded into it."""
-    x = use.x[0] if use.given else use.x
-    own = x.reshape(n, -1)[-1]
-    if use.inside is None or use.inside.keep is None:
-        return own
-    keep = use.inside.keep.reshape(n, -1)[-1]  # of sequences of several lengths
-    return own.reshape(len(keep), -1)[keep]
-
-
-def _among(single: Tensor, output: Tensor, n: int) -> bool:
-    """Whether the last of ``n`` examples has its output where it would be; or that is unknown."""
-    rows = [output.select(d, n - 1) for d in range(output.ndim) if output.shape[d] == n]
-    if output.ndim and output.shape[0] % n == 0:
-        rows.append(output.reshape(n, -1)[n - 1])
-    rows = [row for row in rows if row.numel() == single.numel()]
-    return not rows or any(_close(row, single) for row in rows)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two inputs are the same up to rounding of different kernels."""
-    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
-    if a.shape != b.shape:
-        return False
-    if not a.dtype.is_floating_point:
-        return torch.equal(a, b)
-    if not bool(torch.isfinite(a).all()):
-        return True  # what is not finite is named later
-    gap = torch.linalg.vector_norm((a - b).double())
-    scale = torch.linalg.vector_norm(a.double()) + torch.linalg.vector_norm(b.double())
-    tolerance: float = 10.0 * torch.finfo(a.dtype).eps ** 0.5
-    return float(gap) <= tolerance * float(scale)

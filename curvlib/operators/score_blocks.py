@@ -7,15 +7,18 @@ blocks are the whole parameter space.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
 from curvlib.core.risk import Risk
+from curvlib.core.space import ParamSpace
 from curvlib.operators.kfac_layers import FactoredLayer, factored_layers
+from curvlib.operators.layer_parameters import whole_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,27 @@ class ScoreBlock:
         """Entries of flat rows ``[K, P]`` as matrices ``[K, G, O, I]``."""
         return self._geometry(rows).gather(rows)
 
+    def of_parameters(self, rows: Mapping[str, Tensor], space: ParamSpace) -> Tensor:
+        """Matrices ``[K, G, O, I]`` of entries ``[K, n]`` of each of its parameters.
+
+        Args:
+            rows: By the name of the parameter.
+            space: In which the parts lie.
+        """
+        starts = dict(
+            zip(
+                self.names,
+                accumulate((rows[n].shape[1] for n in self.names), initial=0),
+                strict=False,
+            )
+        )
+        parts = []
+        for part in self.parts:
+            name, first = space.at(part.start)
+            parts.append(replace(part, start=starts[name] + first))
+        own = replace(self, parts=tuple(parts))
+        return own.gather(torch.cat([rows[name] for name in self.names], 1))
+
     def scatter(self, matrices: Tensor, rows: Tensor) -> None:
         """Writes matrices ``[K, G, O, I]`` into flat rows ``[K, P]``."""
         self._geometry(rows).scatter(matrices, rows)
@@ -50,7 +74,7 @@ class ScoreBlock:
 
 
 def score_blocks(risk: Risk) -> list[ScoreBlock]:
-    """All blocks of a risk's parameters, in their order.
+    """All blocks of a risk's parameters, in their order; of whole vectors, if they are sharded.
 
     Example:
         >>> import torch, curvlib as cl
@@ -59,10 +83,11 @@ def score_blocks(risk: Risk) -> list[ScoreBlock]:
         >>> [(block.name, block.shape) for block in score_blocks(risk)]
         [('0', (1, 3, 3)), ('1.weight', (1, 1, 1))]
     """
-    layers, uncovered = factored_layers(risk, dense_norms=False, max_side=2**62)
+    held = whole_parameters(risk)
+    layers, uncovered = factored_layers(held, dense_norms=False, max_side=2**62)
     blocks = [ScoreBlock(own.name, own.names, own.shape, own.parts, own) for own in layers]
     for name in uncovered:
-        where = risk.space.slice(name)
+        where = held.space.slice(name)
         size = where.stop - where.start
         blocks.append(ScoreBlock(name, (name,), (1, 1, size), (Part(where.start, size),), None))
     return sorted(blocks, key=lambda block: block.parts[0].start)

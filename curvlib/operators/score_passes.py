@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch, misread_mean, misread_sum
 from curvlib.core.data import tensors
+from curvlib.core.in_step import Agreement
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count
 from curvlib.operators.gradients import example_loss
@@ -25,6 +27,7 @@ from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_finite import require_finite
 from curvlib.operators.layer_uses import Pass, Watcher, with_last
 from curvlib.operators.score_blocks import ScoreBlock
+from curvlib.operators.stepped_passes import at_output, stepped_passes, stepped_rows
 
 T = TypeVar("T")
 
@@ -37,11 +40,14 @@ class GradientPass:
         one: The pass.
         outputs: Gradients at the outputs of its uses, ``None`` where none arrives.
         whole: Gradients ``[n, G, O, I]`` of the blocks that are not made of these, by name.
+        counts: Whether the examples are this rank's own: with sharded parameters, a rank goes
+            through others as well, since all go together.
     """
 
     one: Pass
     outputs: list[Tensor | None]
     whole: dict[str, Tensor]
+    counts: bool = True
 
     @property
     def examples(self) -> int:
@@ -78,6 +84,18 @@ class GradientPasses:
         layers = [block.layer for block in blocks if block.layer is not None]
         self._watcher = Watcher(risk, layers, alone=alone)
         self._parts: dict[tuple[str, ...], Risk] = {}
+        self._agreed: Agreement | None = None
+        if risk.places and risk.group is not None:
+            self._agreed = Agreement(risk.group, "its part of a scan")
+
+    def attempt(self, function: Callable[[], T]) -> T | None:
+        """What a function of a pass returns.
+
+        Where ranks go together, what it finds not to be finite at its end is told at the next pass.
+        """
+        if self._agreed is None:
+            return function()
+        return self._agreed.attempt(function, FloatingPointError)
 
     @property
     def alone(self) -> bool:
@@ -98,6 +116,9 @@ class GradientPasses:
                 not depend on the parameters, or its mean is over something unknown.
         """
         self._forget_counts()
+        if self._agreed is not None:
+            yield from self._in_step(batch, self._agreed)
+            return
         for one in self._watcher.passes(batch):
             blocks = [b for b in self.blocks if b.layer is None or self._miscounted(b)]
             wanted = _of_loss(one) if directions is None else directions(one)
@@ -106,6 +127,37 @@ class GradientPasses:
                 yield GradientPass(one, outputs, self._whole(blocks, one, direction))
             one.require_unchanged()
             self._forget_counts()
+
+    def _in_step(self, batch: Batch, agreed: Agreement) -> Iterator[GradientPass]:
+        """The passes of a batch, as many as on the other ranks."""
+        for one, counts in stepped_passes(self._watcher, batch, agreed):
+            direction = agreed.attempt(partial(_first, _of_loss(one)))
+            agreed.most()
+            assert direction is not None
+            odd = agreed.most(*(b.layer is None or self._miscounted(b) for b in self.blocks))
+            outputs = one.gradients(direction, last=not any(odd))
+            blocks = [b for b, own in zip(self.blocks, odd, strict=True) if own]
+            whole = self._whole_in_step(blocks, one, direction, agreed)
+            yield GradientPass(one, outputs, whole, counts)
+            agreed.attempt(one.require_unchanged)
+            agreed.most()
+            self._forget_counts()
+
+    def _whole_in_step(
+        self, blocks: list[ScoreBlock], one: Pass, direction: Direction, agreed: Agreement
+    ) -> dict[str, Tensor]:
+        """As :meth:`_whole`, of all ranks together."""
+        names = [name for block in blocks for name in block.names]
+        if not names:
+            return {}
+        params = {name: self.risk.held.held[name] for name in names}
+        like = self.risk.space.empty()
+        rows = {name: like.new_zeros((one.examples, p.numel())) for name, p in params.items()}
+        cotangents = [at_output(direction, one)]
+        for i, _, found in stepped_rows(self.risk, params, one, cotangents, agreed):
+            for name, gradient in found.items():
+                rows[name][i] = gradient.reshape(-1)
+        return {block.name: block.of_parameters(rows, self.risk.space.whole()) for block in blocks}
 
     def slices(self, block: int, make: Callable[[GradientPass, slice], T]) -> Iterator[T]:
         """What a function makes of at most ``block`` examples at a time, over all data, in order.
@@ -158,6 +210,10 @@ class GradientPasses:
         calls = self._watcher.calls[block.name]
         counts = self._watcher.uses.counts
         return any(sum(counts[name].values()) != calls for name in block.names)
+
+
+def _first(directions: Iterator[Direction]) -> Direction:
+    return next(directions)
 
 
 def token_count(batch: Batch) -> int:

@@ -190,6 +190,17 @@ def test_blocks_of_layers_are_of_the_same_kind() -> None:
     assert torch.allclose(half.to_dense(), A[:12, :12], atol=1e-13)
 
 
+def test_blocks_that_share_a_parameter_stay_with_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Linear(8, 1)).double()
+    above = replace(LINEAR, name="above", parts=(Part(0, 3), Part(24, 1)))
+    below = _block("below", (Part(12, 3), Part(28, 1)), (1, 4, 4))
+    op = Kronecker([above, below], 33, space=ParamSpace.of(model), rest=0.5)
+    found = op._restricted(("0.weight", "1.weight"))
+    where = torch.arange(32)
+    assert isinstance(found, Kronecker)
+    assert torch.allclose(found.to_dense(), op.to_dense()[where][:, where], atol=1e-13)
+
+
 def test_fingerprints_differ() -> None:
     first = Kronecker([TURNED], 6)
     other = first.with_eigenvalues([2.0 * TURNED.eigenvalues])

@@ -122,7 +122,23 @@ def test_the_file_is_plain_safetensors_with_json(tmp_path: Path) -> None:
 def test_every_plain_value_comes_back(value: Any) -> None:
     tensors: dict[str, Tensor] = {}
     encoded = json.loads(json.dumps(files._encode(value, "value", tensors), allow_nan=False))
-    assert repr(files._decode(encoded, None, "cpu")) == repr(value)  # repr: nan equals nan
+    assert repr(files._decode(encoded, tensors.get)) == repr(value)  # repr: nan equals nan
+
+
+def test_parts_of_tensors_are_read_alone(tmp_path: Path) -> None:
+    path, cpu = tmp_path / "numbers.safetensors", torch.device("cpu")
+    content = {
+        "rows": torch.arange(24.0).reshape(2, 3, 4),
+        "columns": torch.arange(6.0).view(3, 2).mT,
+    }
+    files.write_record(path, "Numbers", content)
+    _, found = files.read_record(path, stored=True)
+    for name, whole in content.items():
+        assert found[name].shape == whole.shape
+        for axis in range(whole.ndim):
+            for first, last in ((0, 1), (1, 2), (0, whole.shape[axis]), (1, 1)):
+                part = found[name].narrow(axis, first, last, cpu)
+                assert torch.equal(part, whole.narrow(axis, first, last - first))
 
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_slices_and_layers_cover_the_vector() -> None:
     }
     covered = [i for name in space.names for i in range(28)[space.slice(name)]]
     assert covered == list(range(28))
+    for entry in range(28):
+        name, own = space.at(entry)
+        assert space.slice(name).start + own == entry < space.slice(name).stop
 
 
 def test_split_of_a_vector_gives_views() -> None:
@@ -244,6 +247,8 @@ def test_lengths_and_names_that_do_not_fit() -> None:
         space.split(torch.zeros(2, 13))
     with pytest.raises(ValueError, match=r"no parameter is named '1.weight'; there are"):
         space.slice("1.weight")
+    with pytest.raises(ValueError, match="a flat vector of length 13 has no entry 13"):
+        space.at(13)
     with pytest.raises(ValueError, match=r"no parameters are named \['nope'\]"):
         space.restrict(["0.bias", "nope"])
     with pytest.raises(ValueError, match="shorter than"):

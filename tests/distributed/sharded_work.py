@@ -27,7 +27,6 @@ from curvlib.core.group import Group, group_of
 from curvlib.core.operator import as_operator
 from curvlib.core.shards import part_of
 from curvlib.estimators.rows import extend, qr
-from curvlib.influence.influence import Influence
 from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.mfac_operator import MFAC
@@ -402,7 +401,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "differentiable": lambda: cl.trace(H, probes=2) and H.differentiable_matmat(b[:, None]),
         "gather": lambda: risk.space.gather(b[1:]),
         "scatter": lambda: risk.space.scatter(b),
-        "kfac": lambda: cl.kfac(risk),
         "gradients": lambda: list(cl.gradients(risk)),
         "accuracy": lambda: accuracy(risk),
         "jacobian": lambda: cl.jacobian(risk) @ b,
@@ -416,7 +414,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "window's file": lambda: window.window.save("window.safetensors"),
         "prune": lambda: cl.prune(model, risk, 0.5),
         "rates": lambda: batch_sharpness(risk, 1),
-        "influence": lambda: Influence.of(risk),
         "refined": lambda: refined(risk),
         "replicated": lambda: placed(Replicate()),
         "two dimensions": lambda: placed(Shard(0), Replicate(), mesh_shape=(2, 1)),
