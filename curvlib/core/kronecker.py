@@ -94,7 +94,7 @@ class Kronecker(LinearOperator):
             dtype=dtype,
             device=device,
             symmetric=True,
-            psd=self.rest >= 0 and not any(self._sums([b.eigenvalues < 0 for b in blocks])),
+            psd=self.rest >= 0 and not any(self._sums(b.eigenvalues < 0 for b in blocks)),
             space=space,
             name=name,
             identity=lambda: digest(t for b in blocks for t in b.wholes()) + repr(self.rest),

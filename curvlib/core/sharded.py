@@ -326,7 +326,7 @@ class Regather(TorchFunctionMode):
         member = self._whole.get(StorageWeakRef(storage))
         if member is None:
             self.saved += storage.nbytes()
-            return tensor
+            return tensor.detach()  # what is its graph's own result would keep the graph alive
         return member, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(self, kept: Any) -> Tensor:

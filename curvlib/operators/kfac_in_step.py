@@ -276,7 +276,15 @@ class SteppedFit(Fit):
     def _rows(self, state: FitState, layer: FactoredLayer, side: str, parts: list[Share]) -> Rows:
         slices, sums = self.slices.side(layer, side), state.sums
         shape = slices.local(self.group.rank, self.group.size)
-        return Rows(slices, lambda: factor(parts, sums, shape))
+
+        def made() -> Tensor:
+            found = factor(parts, sums, shape)
+            for part in parts:  # they are not needed any more
+                if part.key is not None:
+                    del sums[part.key]
+            return found
+
+        return Rows(slices, made)
 
     def blocks(self, state: FitState) -> list[Any]:
         """The blocks with the eigenvalues of the Kronecker products."""

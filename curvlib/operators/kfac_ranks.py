@@ -113,7 +113,13 @@ def fitted_by_ranks(
         return fit.concluded(_joined(group, state, own, sums))
 
     def begun(state: FitState) -> FitState:
-        return state if state.ended else _begun(state)
+        if state.ended:
+            return state
+        if not fit.stepped:
+            return _begun(state, {name: torch.zeros_like(t) for name, t in state.sums.items()})
+        for total in state.sums.values():  # nothing saves the state before until the pass ends
+            total.zero_()
+        return _begun(state, state.sums)
 
     one: RankPass[FitState] = RankPass(
         "its part of a fit",
@@ -142,14 +148,14 @@ def fitted_by_ranks(
     )
 
 
-def _begun(state: FitState) -> FitState:
+def _begun(state: FitState, sums: dict[str, Tensor]) -> FitState:
     """A rank's state at the beginning of a pass: sums and counts of its own, from zero."""
     return replace(
         state,
         batch=0,
         weight=0.0,
         examples=0,
-        sums={name: torch.zeros_like(total) for name, total in state.sums.items()},
+        sums=sums,
         counts=dict.fromkeys(state.counts, 0.0),
         calls=dict.fromkeys(state.calls, 0),
         uses={name: {} for name in state.uses},

@@ -48,6 +48,7 @@ def test_a_rank_holds_its_slices_and_one_layer_whole() -> None:
         assert found["largest"][0] <= padded < layers / 2
         assert found["largest"][1] == found["rows"] < 0.6 * layers
         assert found["same"]
+        assert found["activations"] == 0
         # of two batches: sums of factors, and of eigenvalues; uneven slices are padded
         sums = 2 * (factors + layers) * item
         assert sums <= found["fit"]["own_sum"] <= 1.3 * sums
