@@ -93,7 +93,8 @@ def factors(
     layer: FactoredLayer, sums: Mapping[str, Tensor], counts: Mapping[str, float], weight: float
 ) -> tuple[Tensor, Tensor] | None:
     """Both factors in float64, dense or diagonals; ``None`` if there is nothing."""
-    keys = [key for key in sums if key.rpartition("|")[0].rpartition("|")[0] == layer.name]
+    every = (f"{layer.name}|{role}|{side}" for role in layer.roles for side in ("left", "right"))
+    keys = [key for key in every if key in sums]
     read = torch.stack([traces_of(sums[key].double()) for key in keys]).tolist()  # waits once
     found = shares(layer, dict(zip(keys, read, strict=True)), counts, weight)
     if found is None:
