@@ -63,7 +63,7 @@ class KroneckerBlock:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Entries of flat rows ``[K, P]`` as matrices ``[K, G, O, I]``."""
-        G, O, _ = self.eigenvalues.shape  # noqa: E741 (the axis of outputs)
+        G, O, _ = self.eigenvalues.shape
         found = []
         for part, (start, stop) in zip(self.parts, self.ranges, strict=True):
             flat = rows[:, start:stop]

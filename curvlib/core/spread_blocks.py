@@ -193,7 +193,7 @@ class SpreadBlock:
     @property
     def native(self) -> bool:
         """Whether the parameters are cut like the block, so that nothing has to be sent."""
-        G, O, _ = self.cut.shape  # noqa: E741 (the axis of outputs)
+        G, O, _ = self.cut.shape
         axis, size = self.cut.axis, self.group.size
         if (axis == 1 and G > 1) or (axis == 2 and len(self.parts) > 1):
             return False
@@ -212,7 +212,7 @@ class SpreadBlock:
         if self.native:
             found = [self._own_view(rows, i) for i in range(len(self.parts))]
             return found[0] if len(found) == 1 else torch.cat(found, -1)
-        G, O, _ = self.cut.shape  # noqa: E741
+        G, O, _ = self.cut.shape
         found = []
         for part, place in zip(self.parts, self.places, strict=True):
             whole = gathered(self._of(rows, place), place.slices, self.group, 1)

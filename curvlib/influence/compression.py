@@ -92,7 +92,7 @@ def compressed(
         small = dict(solved)
     elif rank is not None:
         for name, own in solved.items():
-            _, _, O, I = own.matrices.shape  # noqa: E741 (the axes of outputs and inputs)
+            _, _, O, I = own.matrices.shape
             if rank * (O + I) < O * I:
                 small[name] = own
     settings = (oversampling, iterations, seed)
@@ -330,7 +330,7 @@ def range_svd(
     Returns:
         ``U`` ``[..., O, r]``, ``S`` ``[..., r]`` and ``V^T`` ``[..., r, I]`` with ``r = rank``.
     """
-    O, I = D.shape[-2:]  # noqa: E741
+    O, I = D.shape[-2:]
     width = rank + oversampling
     if width >= min(O, I):
         U, S, V = torch.linalg.svd(D, full_matrices=False)

@@ -135,14 +135,14 @@ class LowRankDirections:
 
     def _formed(self, n: int, T: int) -> bool:
         """Whether gradients of ``n`` examples with ``T`` rows are less work than the rows."""
-        _, O, I = self.shape  # noqa: E741 (the axes of outputs and inputs)
+        _, O, I = self.shape
         total, count = self.left.shape[2], self.count
         forming = (n * (T + count + PASS) + total + PASS * count) * O * I
         return forming < n * T * total * (O + I + PASS)
 
     def _by_gradients(self, left: Tensor, right: Tensor) -> Tensor:
         """Scores by gradients, with a few directions at a time as matrices."""
-        G, O, I = self.shape  # noqa: E741
+        G, O, I = self.shape
         places = spans(self.ranks)
         step = max(1, CHUNK // max(1, G * O * I * right.element_size()))
         rows = None

@@ -203,7 +203,7 @@ def _queries(
     width += rank if len(low) > 1 else 0  # what a layer may get of others' ranks
     flops = 0.0
     for s in low:
-        O, I = s.outputs, s.inputs  # noqa: E741 (the axes of outputs and inputs)
+        O, I = s.outputs, s.inputs
         short, long = min(O, I), max(O, I)
         if width >= short:
             own = 14.0 * long * short**2
@@ -236,7 +236,7 @@ def _scan(
     batch = min(batch, ranks.most(N))
     work, most = 0.0, 0.0
     for s in layers:
-        O, I, T = s.outputs, s.inputs, max(1, s.rows)  # noqa: E741
+        O, I, T = s.outputs, s.inputs, max(1, s.rows)
         r = None if rank is None else min(rank, O, I)
         work += N * 2.0 * one_pass(s)
         if r is not None and r * (O + I) < s.outputs * s.inputs:
@@ -263,7 +263,7 @@ def _directions_bytes(layers: Sequence[LayerShape], Q: int, rank: int, item: int
     """Bytes of compressed directions, with rank and residual of each query."""
     total = 0
     for s in layers:
-        O, I = s.outputs, s.inputs  # noqa: E741
+        O, I = s.outputs, s.inputs
         low = Q * (s.groups * min(rank, O, I) * (O + I) * item + 16)
         dense = Q * s.size * item
         total += min(low, dense) if rank * (O + I) < O * I else dense

@@ -114,7 +114,7 @@ def _inverses(
 
 
 def _in_basis(own: ExampleRows, block: KroneckerBlock, inverse: Tensor) -> Solved:
-    _, O, I = block.eigenvalues.shape  # noqa: E741 (the axes of outputs and inputs)
+    _, O, I = block.eigenvalues.shape
     by_rows = False
     if own.left is not None and own.right is not None:
         left, right = (0 if Q is None else Q.shape[-1] for Q in (block.left, block.right))

@@ -88,7 +88,7 @@ def example_rows(risk: Risk, *, block: int = 64) -> Iterator[list[ExampleRows]]:
 
 
 def _rows(block: ScoreBlock, own: Sequence[Term], n: int, risk: Risk) -> ExampleRows:
-    _, O, I = block.shape  # noqa: E741 (the axes of outputs and inputs)
+    _, O, I = block.shape
     if len(own) == 1 and own[0].left.is_floating_point():
         left, right = own[0].left, own[0].right
         if right.shape[2] * (O + I) < O * I:

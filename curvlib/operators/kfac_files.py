@@ -105,7 +105,7 @@ def loaded_blocks(
             second.append(own["corrected"])
             continue
         group = space.spread.group
-        G, O, I = own["kronecker"].shape  # noqa: E741 (the axes of outputs and inputs)
+        G, O, I = own["kronecker"].shape
         cut = cut_of((G, O, I), own["left"] is not None, group.size)
         found = {
             name: None if own[name] is None else own_slice(own[name], slices, group, space.device)

@@ -206,7 +206,7 @@ def _entries(s: LayerShape) -> tuple[int, int]:
 
 def _squares(s: LayerShape, c: int) -> float:
     """Work of the corrected eigenvalues for one example, by the route that is taken."""
-    O, I, T = s.outputs, s.inputs, s.rows  # noqa: E741 (the axes of outputs and inputs)
+    O, I, T = s.outputs, s.inputs, s.rows
     left, right = (O if s.left_dense else 0), (I if s.right_dense else 0)
     way = route(T, (s.groups, O, I), (s.left_dense, s.right_dense), c)
     each = {

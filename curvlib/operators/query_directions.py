@@ -86,7 +86,7 @@ class DenseDirections:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(G, O, I)``."""
-        _, G, O, I = self.matrices.shape  # noqa: E741 (the axes of outputs and inputs)
+        _, G, O, I = self.matrices.shape
         return G, O, I
 
     @property
@@ -112,7 +112,7 @@ class DenseDirections:
         r""":math:`l_{nt}^\top D_q r_{nt}`, ``[n, Q, T]``."""
         _, n, T, _ = right.shape
         out = right.new_empty((n, self.count, T))
-        _, O, I = self.shape  # noqa: E741
+        _, O, I = self.shape
         for at in self._parts(n * T * (I if left.ndim == 2 else min(O, I))):
             own = self.matrices[at]
             if left.ndim == 2:
@@ -148,7 +148,7 @@ def by_gradients(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
         right: Rows ``[G, n, T, I]``, or without a last column of ones.
         matrices: ``[Q, G, O, I]``.
     """
-    (G, n, _, width), (count, _, O, I) = right.shape, matrices.shape  # noqa: E741
+    (G, n, _, width), (count, _, O, I) = right.shape, matrices.shape
     flat = matrices.flatten(1).mT
     step = max(1, min(n, FORMED // max(1, G * O * I * right.element_size())))
     buffer = right.new_empty((step, G, O, I))
@@ -197,7 +197,7 @@ def formed(rows: int, count: int, shape: tuple[int, int, int], *, one_hot: bool 
         >>> formed(16, 8, (1, 64, 64)), formed(1, 8, (1, 64, 64)), formed(16, 1, (1, 64, 64))
         (True, False, False)
     """
-    _, O, I = shape  # noqa: E741
+    _, O, I = shape
     if one_hot:
         return (2.0 * count + _PASS) * O < _PASS * rows * count
     forming = (2.0 * rows + 2.0 * count + _PASS) * O * I

@@ -63,7 +63,7 @@ def terms(
     """
     if block.name in found.whole:
         right = found.whole[block.name][at].to(dtype).transpose(0, 1)
-        _, n, O, _ = right.shape  # noqa: E741 (the axis of outputs)
+        _, n, O, _ = right.shape
         eye = torch.eye(O, dtype=dtype, device=right.device)
         yield Term(eye.expand(block.shape[0], n, O, O), right, None)
         return
@@ -117,7 +117,7 @@ def _norm_places(use: Use) -> tuple[int, ...]:
 def chunks(block: ScoreBlock, found: GradientPass, like: torch.dtype) -> Iterator[slice]:
     """Examples that are done at once, so that rows and gradients fit."""
     n = found.examples
-    G, O, I = block.shape  # noqa: E741
+    G, O, I = block.shape
     rows = [use.rows(n) or 0 for use in found.one.uses if use.layer == block.name]
     each = G * (sum(rows) * (O + I) + O * I)
     step = max(1, CHUNK // max(1, each * like.itemsize))

@@ -74,7 +74,7 @@ class Pair:
         high = _average(self.log_sharpness, math.log(sharpness), past)
         low = _average(self.log_smallest, math.log(min(smallest, sharpness)), past)
         nu = _average(self.noise, noise, past)
-        L, l = math.exp(high), math.exp(min(low, high))  # noqa: E741 (as in the formula)
+        L, l = math.exp(high), math.exp(min(low, high))
         momentum = min(polyak(L, l).momentum, max_momentum)
         cut = min(1.0, self.cut * RECOVERY)
         if self.lr is not None:

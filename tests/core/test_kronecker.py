@@ -63,7 +63,7 @@ def _dense(op: Kronecker, size: int) -> Tensor:
     for block in op.blocks_of.values():
         places = _places(block)
         for g, index in enumerate(places):
-            O, width = index.shape  # noqa: E741
+            O, width = index.shape
             left = torch.eye(O, dtype=F64) if block.left is None else block.left[g]
             right = torch.eye(width, dtype=F64) if block.right is None else block.right[g]
             Q = torch.kron(left.contiguous(), right.contiguous())

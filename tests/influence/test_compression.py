@@ -26,7 +26,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
 
-def decaying(Q, G, O, I, decay, seed=0, dtype=torch.float64):  # noqa: E741
+def decaying(Q, G, O, I, decay, seed=0, dtype=torch.float64):
     """Matrices with singular values ``decay ** k``."""
     U = torch.linalg.qr(normal(Q, G, O, O, seed=seed)).Q
     V = torch.linalg.qr(normal(Q, G, I, I, seed=seed + 1)).Q
@@ -60,7 +60,7 @@ def test_rows_or_gradients_give_the_same(monkeypatch, n, rows, ranks):
 @given(sizes, st.integers(1, 5), st.integers(1, 6), st.floats(0.05, 1.0), st.integers(0, 999))
 @settings(max_examples=120, deadline=None)
 def test_scores_are_never_further_off_than_the_bound(shape, rank, rows, decay, seed):
-    Q, G, O, I = shape  # noqa: E741
+    Q, G, O, I = shape
     D = decaying(Q, G, O, I, decay, seed)
     low = low_rank(D, rank=rank, oversampling=seed % 3, iterations=seed % 2, seed=seed)
     left, right = normal(G, 5, rows, O, seed=seed + 2), normal(G, 5, rows, I, seed=seed + 3)
@@ -90,7 +90,7 @@ def test_the_bound_is_attained_and_of_the_stored_factors(seed, dtype):
 @pytest.mark.parametrize("shape", [(3, 1, 12, 8), (2, 3, 5, 9), (2, 1, 1, 6)])
 def test_full_rank_equals_dense(shape, dtype):
     D = normal(*shape, dtype=dtype)
-    Q, G, O, I = shape  # noqa: E741
+    Q, G, O, I = shape
     low = low_rank(D)
     assert low.ranks.tolist() == [min(O, I)] * Q
     assert low.shape == (G, O, I)
@@ -197,10 +197,10 @@ def test_a_random_range_is_nearly_the_best_one():
     assert torch.allclose(S, torch.linalg.svdvals(D[:, 0])[:, :16], rtol=0.02)
 
 
-def curved(O, I, seed=0):  # noqa: E741
+def curved(O, I, seed=0):
     """A Kronecker block of a steep spectrum, and the dense roots of its factors."""
     U, V = (torch.linalg.qr(normal(1, n, n, seed=seed + n)).Q for n in (O, I))
-    l, r = (0.5 ** torch.arange(n, dtype=torch.float64) for n in (O, I))  # noqa: E741
+    l, r = (0.5 ** torch.arange(n, dtype=torch.float64) for n in (O, I))
     block = KroneckerBlock("layer", (Part(0, I),), U, V, (l[:, None] * r)[None])
     floors = l + 1e-4 * l.mean(), r + 1e-4 * r.mean()
     roots = [Q[0] * f.sqrt() @ Q[0].mT for Q, f in zip((U, V), floors, strict=True)]
@@ -232,7 +232,7 @@ def test_in_a_metric_the_error_of_scores_to_expect_is_least():
 
 def test_in_a_metric_the_tolerance_is_the_error_of_scores_in_the_root_mean_square():
     """Of Gaussian gradients whose covariance is that of the metric."""
-    O, I, n = 14, 11, 4000  # noqa: E741
+    O, I, n = 14, 11, 4000
     block, (left, right) = curved(O, I)
     D = normal(2, 1, O, I)
     low = in_parameters(Solved(block.rotated(D), block), tolerance=0.2)
@@ -249,7 +249,7 @@ def test_in_a_metric_the_tolerance_is_the_error_of_scores_in_the_root_mean_squar
 @settings(max_examples=40, deadline=None)
 def test_the_bound_holds_in_a_metric_and_when_ranks_are_shared(shape, rank, dtype):
     """In float32, too, of the factors as they are rotated back."""
-    Q, _, O, I = shape  # noqa: E741
+    Q, _, O, I = shape
     solved, exact = {}, {}
     for i, name in enumerate("ab"):
         block, _ = curved(O + 7 * i, I + 9, O + I)

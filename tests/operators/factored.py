@@ -39,7 +39,7 @@ def rotated_block(op: Kronecker, name: str, matrix: Tensor) -> Tensor:
     block = op.blocks_of[name]
     places = torch.arange(op.shape[0], dtype=F64)[None]
     order = block.gather(places)[0].long().reshape(-1)
-    G, O, width = block.eigenvalues.shape  # noqa: E741
+    G, O, width = block.eigenvalues.shape
     part = matrix[order][:, order]
     each = []
     for g in range(G):

@@ -25,7 +25,7 @@ def metric(block: ScoreBlock, kind: str, seed: int = 0) -> KroneckerBlock | None
     """Random bases, and weights that may be of any sign."""
     if kind == "identity":
         return None
-    G, O, I = block.shape  # noqa: E741
+    G, O, I = block.shape
     left = torch.linalg.qr(draw(G, O, O, seed=seed)).Q if kind == "rotated" else None
     right = None if kind == "diagonal" else torch.linalg.qr(draw(G, I, I, seed=seed + 1)).Q
     return KroneckerBlock(block.name, block.parts, left, right, draw(G, O, I, seed=seed + 2))

@@ -22,7 +22,7 @@ def spd(n, seed, scale=1.0):
 
 def block(L, R, name="layer", start=0):
     """The Kronecker product of two dense factors as a block."""
-    l, left = torch.linalg.eigh(L)  # noqa: E741
+    l, left = torch.linalg.eigh(L)
     r, right = torch.linalg.eigh(R)
     parts = (Part(start, len(R)),)
     return KroneckerBlock(name, parts, left[None], right[None], (l[:, None] * r)[None])
@@ -80,7 +80,7 @@ def test_groups_have_their_own_split_and_diagonals_are_damped_as_always():
 
 def test_which_eigenvalues_are_products():
     own = block(spd(3, 0), spd(4, 1))
-    l, r = factor_eigenvalues(own)  # noqa: E741
+    l, r = factor_eigenvalues(own)
     assert torch.allclose(l[:, :, None] * r[:, None], own.eigenvalues, rtol=1e-12)
     assert l.dtype == torch.float64
     bent = own.eigenvalues.clone()

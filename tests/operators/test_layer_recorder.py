@@ -86,7 +86,7 @@ def expected(risk: cl.Risk, sharing: str) -> dict[str, Tensor]:
 
 def dense(left: Tensor | None, right: Tensor | None, values: Tensor) -> Tensor:
     """The block ``[G, O I, O I]``."""
-    G, O, width = values.shape  # noqa: E741
+    G, O, width = values.shape
     left = torch.eye(O, dtype=F64).expand(G, O, O) if left is None else left
     right = torch.eye(width, dtype=F64).expand(G, width, width) if right is None else right
     Q = torch.stack(

@@ -290,7 +290,7 @@ def test_e_kfac_has_the_exact_eigenvalues_and_is_closer_to_the_fisher(name: str)
         exact = rotated_block(K, layer, F)  # in the same basis up to what is degenerate
         values = mine.eigenvalues().reshape(-1)
         assert math.isclose(float(values.sum()), float(exact.trace()), rel_tol=1e-9)
-        G, O, width = block.eigenvalues.shape  # noqa: E741
+        G, O, width = block.eigenvalues.shape
         bases = [
             torch.eye(n, dtype=torch.float64).expand(G, n, n) if Q is None else Q
             for Q, n in zip(mine.basis, (O, width), strict=True)
