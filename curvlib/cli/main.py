@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from curvlib.cli import diagonal, influence, plan, prune, rates, spectrum, trace
-from curvlib.cli.processes import complain, prints_on_the_first, processes
+from curvlib.cli.processes import complain, end_threads, prints_on_the_first, processes
 from curvlib.core.files import curvlib_version
 
 #: Exit codes: what was asked for cannot be done; stopped by Ctrl-C (as shells report it).
@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (spectrum, trace, diagonal, prune, rates, influence, plan):
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    try:
+        return _run(args, argv)
+    finally:
+        end_threads()
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
     with processes() as group:
         try:
             with _plain_warnings(), prints_on_the_first(group):

@@ -1,19 +1,22 @@
-"""What of PyTorch's is sharded: tensors, and modules that FSDP2 gathers parameters for."""
+"""What of PyTorch's is sharded: tensors, and modules that FSDP2 gathers parameters for.
+
+Who has one of them has imported its module. Nothing is imported to find out: functions of
+``torch.distributed.nn``, which both modules import, keep the default process group of the moment as
+a default argument, so that its threads would not end when it is destroyed.
+"""
 
 from __future__ import annotations
 
+import sys
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a ``DTensor``."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
 
 
 def slice_of(tensor: Tensor) -> Tensor:
@@ -27,8 +30,5 @@ def slice_of(tensor: Tensor) -> Tensor:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 gathers parameters for a module."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+    found = sys.modules.get("torch.distributed.fsdp")
+    return found is not None and isinstance(module, found.FSDPModule)
