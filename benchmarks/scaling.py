@@ -33,6 +33,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from curvlib.core.group import Group
+
 HEADER = 20
 
 
@@ -47,7 +49,7 @@ class Traffic:
 
 @contextlib.contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Counts what goes through ``torch.distributed`` meanwhile."""
+    """Counts what goes through ``torch.distributed`` meanwhile, and how long curvlib waits."""
     found = Traffic()
 
     def counted(name: str, own: Callable[..., Any], at: int) -> Callable[..., Any]:
@@ -56,13 +58,16 @@ def traffic() -> Iterator[Traffic]:
             sent = args[at] if len(args) > at else next(named)
             found.bytes += sent.numel() * sent.element_size()
             found.calls[name] = found.calls.get(name, 0) + 1
-            start = time.perf_counter()
-            try:
-                return own(*args, **kwargs)
-            finally:
-                found.seconds += time.perf_counter() - start
+            return own(*args, **kwargs)
 
         return call
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return exchange(*args)
+        finally:
+            found.seconds += time.perf_counter() - start
 
     places = {"all_reduce": 0, "broadcast": 0, "all_gather": 1}
     places |= {"all_gather_single": 1, "all_gather_into_tensor": 1}
@@ -71,9 +76,12 @@ def traffic() -> Iterator[Traffic]:
     before = {name: getattr(dist, name) for name in places}
     for name, at in places.items():
         setattr(dist, name, counted(name, before[name], at))
+    exchange = Group._call
+    Group._call = timed
     try:
         yield found
     finally:
+        Group._call = exchange
         for name, own in before.items():
             setattr(dist, name, own)
 
