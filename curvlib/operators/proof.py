@@ -43,7 +43,7 @@ def _rounds_to_tf32() -> bool:
 
     ``allow_tf32`` raises once the other one has been used.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]  # not in the stubs
     return any(setting.fp32_precision == "tf32" for setting in settings)
 
 
