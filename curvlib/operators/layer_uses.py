@@ -246,11 +246,17 @@ class Watcher:
             for a, b in zip(found.uses, single.uses, strict=True)
         )
         mine, others = next(tensors(single.output), None), next(tensors(found.output), None)
+        where = f"the last example of batch {found.batch.index}"
         if mine is not None and others is not None and not among(mine, others, n):
             raise ValueError(
-                f"the last example of batch {found.batch.index} has another output when it is "
-                "alone: examples depend on each other, or the model draws random numbers; put "
-                "BatchNorm into eval mode, and switch off dropout (model.eval())"
+                f"{where} has another output when it is alone: examples depend on each other, or "
+                "the model draws random numbers; put BatchNorm into eval mode, and switch off "
+                "dropout (model.eval())"
+            )
+        if found.batch.index in self.risk.draws.states:  # outputs may agree by chance
+            raise ValueError(
+                f"the model draws random numbers, so {where} is another function when it is "
+                "alone; switch off dropout (model.eval()), or pass batches of one example"
             )
         if same:
             self._verified.add(self._signature(found, n))
