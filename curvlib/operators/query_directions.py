@@ -13,6 +13,7 @@ whose terms are the scores of the rows ``t``. How directions are kept is a body 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +24,9 @@ from torch import Tensor
 #: Bytes that intermediate products may take.
 CHUNK = 64 * 2**20
 #: Bytes of gradients that are formed at once: they are read again from the processor's cache.
-FORMED = 16 * 2**20
+FORMED = 8 * 2**20
+#: Rows of a gradient that are formed at once, at least.
+ROWS = 64
 #: Work of writing and reading an entry, in floating-point operations.
 _PASS = 10.0
 
@@ -141,7 +144,10 @@ class DenseDirections:
 
 
 def by_gradients(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
-    """Scores ``[n, Q]`` by gradients of few examples at a time, and one product for all directions.
+    """Scores ``[n, Q]`` by some rows of gradients at a time, and one product for all directions.
+
+    Rows of few gradients would read all directions for little work, all rows of a gradient
+    would leave the cache before they are read.
 
     Args:
         left: Rows ``[G, n, T, O]``.
@@ -149,20 +155,25 @@ def by_gradients(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
         matrices: ``[Q, G, O, I]``.
     """
     (G, n, _, width), (count, _, O, I) = right.shape, matrices.shape
-    flat = matrices.flatten(1).mT
-    step = max(1, min(n, FORMED // max(1, G * O * I * right.element_size())))
-    buffer = right.new_empty((step, G, O, I))
-    out = right.new_empty((n, count))
-    for start in range(0, n, step):
-        at = slice(start, min(start + step, n))
-        own = buffer[: at.stop - at.start]
-        if G == 1:
-            torch.bmm(left[0, at].mT, right[0, at], out=own[:, 0, :, :width])
-        else:
-            own[..., :width] = (left[:, at].mT @ right[:, at]).transpose(0, 1)
-        if width < I:
-            own[..., width] = left[:, at].sum(2).transpose(0, 1)
-        torch.mm(own.flatten(1), flat, out=out[at])
+    each = max(1, G * I * right.element_size())  # bytes of a row of a gradient
+    rows = min(O, max(ROWS, FORMED // max(1, n * each)))
+    step = min(n, max(1, FORMED // (rows * each)))
+    buffer = right.new_empty(step * G * rows * I)
+    out = right.new_zeros((n, count))
+    for low in range(0, O, rows):
+        flat = matrices[:, :, low : low + rows].flatten(1).mT
+        for start in range(0, n, step):
+            at = slice(start, start + step)
+            outputs, inputs = left[:, at, :, low : low + rows], right[:, at]
+            shape = (inputs.shape[1], G, outputs.shape[-1], I)
+            own = buffer[: math.prod(shape)].view(shape)
+            if G == 1:
+                torch.bmm(outputs[0].mT, inputs[0], out=own[:, 0, :, :width])
+            else:
+                own[..., :width] = (outputs.mT @ inputs).transpose(0, 1)
+            if width < I:
+                own[..., width] = outputs.sum(2).transpose(0, 1)
+            out[at].addmm_(own.flatten(1), flat)
     return out
 
 
