@@ -248,12 +248,13 @@ def _second_derivative(risk: Risk, seed: int) -> tuple[float, float]:
         def product(vector: Tensor) -> Tensor:
             if not used:
                 return torch.zeros_like(vector)
-            cotangents = [space.split(vector)[i].to(x.dtype) for i, x in used]
+            parts = space.split(vector)
+            cotangents = [parts[i].to(x.dtype) for i, x in used]
             outputs = [x for _, x in used]
-            parts = torch.autograd.grad(
+            found = torch.autograd.grad(
                 outputs, params, cotangents, retain_graph=True, allow_unused=True
             )
-            return space.join(parts)
+            return space.join(found)
 
         Hu, Hv = product(u), product(v)
         difference = central_difference(batch, v)

@@ -126,11 +126,12 @@ def write_record(
     from safetensors.torch import save_file
 
     tensors: dict[str, Any] = {}
+    used: set[int] = set()
     document = {
         "class": kind,
         "format": FORMAT_VERSION,
         "curvlib": curvlib_version(),
-        "content": {name: _encode(value, name, tensors) for name, value in content.items()},
+        "content": {name: _encode(value, name, tensors, used) for name, value in content.items()},
     }
     text = json.dumps(document, allow_nan=False)
     if group is not None:
@@ -236,7 +237,8 @@ def curvlib_version() -> str:
         return "unknown"
 
 
-def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
+def _encode(value: Any, name: str, tensors: dict[str, Any], used: set[int]) -> Any:
+    """The value for JSON; tensors are put aside, each of a memory of its own, of those ``used``."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -246,23 +248,23 @@ def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
         # Column-contiguous blocks are written as rows, so that no copy of them is made.
         rows = value.ndim == 2 and not value.is_contiguous() and value.mT.is_contiguous()
         stored = value.mT if rows else value.contiguous()
-        used = {t.untyped_storage().data_ptr() for t in tensors.values() if isinstance(t, Tensor)}
         if stored.untyped_storage().data_ptr() in used:
             stored = stored.clone()
+        used.add(stored.untyped_storage().data_ptr())
         tensors[name] = stored
         return {"!tensor": name, "rows": rows, "cpu": value.device.type == "cpu"}
     if isinstance(value, Later):
         tensors[name] = value
         return {"!tensor": name, "rows": False, "cpu": value.like.device.type == "cpu"}
     if isinstance(value, tuple):
-        return {"!tuple": [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+        return {"!tuple": [_encode(v, f"{name}.{i}", tensors, used) for i, v in enumerate(value)]}
     if isinstance(value, list):
-        return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return [_encode(v, f"{name}.{i}", tensors, used) for i, v in enumerate(value)]
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str) or key.startswith("!"):
                 raise TypeError(f"{name} has the key {key!r}; keys must be strings without '!'")
-        return {k: _encode(v, f"{name}.{k}", tensors) for k, v in value.items()}
+        return {k: _encode(v, f"{name}.{k}", tensors, used) for k, v in value.items()}
     raise TypeError(
         f"cannot write {name} of type {type(value).__name__}: files hold tensors, numbers, "
         "strings, None, and lists, tuples and dictionaries of them"

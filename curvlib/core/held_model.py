@@ -14,6 +14,7 @@ from curvlib.core import forward as passes
 from curvlib.core import sharded
 from curvlib.core.bundles import Bundle
 from curvlib.core.group import Group
+from curvlib.core.owners import Owners
 from curvlib.core.space import ParamSelection, ParamSpace, select
 
 T = TypeVar("T")
@@ -51,12 +52,9 @@ class HeldModel:
         self.regather: sharded.Regather | None = None  # during a pass over sharded parameters
         self._group = group
         self._holder = passes.Holder(model)
-        self._owners = [  # where each parameter is found in the model
-            (module, key, name)
-            for name, p in self.held.items()
-            for module in model.modules()
-            for key, found in module._parameters.items()
-            if found is p
+        owners = Owners(model)
+        self._owners = [
+            (module, key, name) for name, p in self.held.items() for module, key in owners.of(p)
         ]
 
     def _leaf(self, param: Tensor) -> Tensor:

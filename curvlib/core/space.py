@@ -9,9 +9,12 @@ each flattened in row-major order; a parameter that is tied or used several time
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -96,15 +99,32 @@ class ParamSpace:
             device=next(iter(devices)),
         )
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each parameter."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """``P``, the length of a flat vector."""
         return sum(self.sizes)
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Where each parameter ends in a flat vector."""
+        return tuple(accumulate(self.sizes))
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The place of each parameter among all."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    @cached_property
+    def _whole(self) -> ParamSpace:
+        if self.spread is None:
+            return self
+        shapes = tuple(part.shape for part in self.spread.slices)
+        return replace(self, shapes=shapes, spread=None)
 
     @property
     def total(self) -> int:
@@ -113,10 +133,7 @@ class ParamSpace:
 
     def whole(self) -> ParamSpace:
         """The space of whole vectors: itself, where parameters are not sharded."""
-        if self.spread is None:
-            return self
-        shapes = tuple(part.shape for part in self.spread.slices)
-        return replace(self, shapes=shapes, spread=None)
+        return self._whole
 
     def gather(self, flat: Tensor) -> Tensor:
         """The whole vector ``[P]`` or block ``[P, K]`` on every rank, from each rank's rows.
@@ -155,11 +172,7 @@ class ParamSpace:
         Raises:
             ValueError: If there is no parameter of that name.
         """
-        if self.spread is None or name not in self.names:
-            return self.slice(name)
-        at = self.names.index(name)
-        start = sum(part.size for part in self.spread.slices[:at])
-        return slice(start, start + self.spread.slices[at].size)
+        return self._whole.slice(name)
 
     def slice(self, name: str) -> slice:
         """Where the parameter ``name`` lies in a flat vector.
@@ -167,12 +180,11 @@ class ParamSpace:
         Raises:
             ValueError: If there is no parameter of that name.
         """
-        start = 0
-        for other, size in zip(self.names, self.sizes, strict=True):
-            if other == name:
-                return slice(start, start + size)
-            start += size
-        raise ValueError(f"no parameter is named {name!r}; there are {list(self.names)}")
+        number = self._numbers.get(name)
+        if number is None:
+            raise ValueError(f"no parameter is named {name!r}; there are {list(self.names)}")
+        stop = self._ends[number]
+        return slice(stop - self.sizes[number], stop)
 
     def at(self, entry: int) -> tuple[str, int]:
         """The parameter that has an entry of a flat vector, and which of its entries it is.
@@ -180,12 +192,10 @@ class ParamSpace:
         Raises:
             ValueError: If the vector has no such entry.
         """
-        start = 0
-        for name, size in zip(self.names, self.sizes, strict=True):
-            if start <= entry < start + size:
-                return name, entry - start
-            start += size
-        raise ValueError(f"a flat vector of length {self.size} has no entry {entry}")
+        if not 0 <= entry < self.size:
+            raise ValueError(f"a flat vector of length {self.size} has no entry {entry}")
+        number = bisect_right(self._ends, entry)
+        return self.names[number], entry - (self._ends[number] - self.sizes[number])
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Names of the parameters of each layer: the module that owns them, by its name."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from curvlib.core.owners import Owners
 from curvlib.core.sharded import plain_type
 from curvlib.operators.hidden_map import HiddenMap
 from curvlib.operators.hidden_maps import hidden_maps, hides_maps, unfit
@@ -39,8 +40,9 @@ class HiddenGroup:
 class HiddenOwners:
     """The modules with hidden linear maps that own parameters of a model."""
 
-    def __init__(self, held: Parameters) -> None:
+    def __init__(self, held: Parameters, owners: Owners) -> None:
         self.held = held
+        self._owners = owners
         self._names = {id(param): name for name, param in held.params.items()}
         self._weights: dict[str, _Owners] = {}
         self._biases: dict[str, _Owners] = {}
@@ -62,10 +64,7 @@ class HiddenOwners:
             return reasons[0]
         param = self.held.params[name]
         everywhere = {
-            (id(module), key): plain_type(module).__name__
-            for module in self.held.model.modules()
-            for key, held in module._parameters.items()
-            if held is param
+            (id(module), key): plain_type(module).__name__ for module, key in self._owners.of(param)
         }
         kinds = {plain_type(module).__name__ for module, _ in owners}
         others = {kind for place, kind in everywhere.items() if place not in self._places[name]}

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core.group import Group
+from curvlib.core.owners import Owners
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.operators.layer_inputs import Layer, input_rows, layer_of, positions
@@ -252,14 +253,10 @@ def _sums(
     """Sums, all zero, of the weights that may be covered, and the reasons for the others."""
     sums: dict[str, _Sum] = {}
     uncovered: dict[str, str] = {}
+    every = Owners(risk.model)
     for name in chosen:
         weight = risk.params[name]
-        owners = [
-            (module, key)
-            for module in risk.model.modules()
-            for key, held in module._parameters.items()
-            if held is weight
-        ]
+        owners = every.of(weight)
         layers = {layer_of(module) for module, _ in owners}
         layer = layers.pop() if len(layers) == 1 else None
         kinds = " and ".join(sorted({type(module).__name__ for module, _ in owners}))

@@ -24,12 +24,14 @@ the reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvlib.core.kronecker_blocks import Part
+from curvlib.core.owners import Owner, Owners
 from curvlib.core.sharded import plain_type
 from curvlib.operators.hidden_owners import HiddenGroup, HiddenOwners
 from curvlib.operators.layer_inputs import Layer, layer_of
@@ -96,7 +98,9 @@ def factored_layers(
         gates: Whether the gates of recurrent modules have one left factor (``"joint"``) or one
             each (``"separate"``).
     """
-    inside = HiddenOwners(risk)
+    every = Owners(risk.model)
+    inside = HiddenOwners(risk, every)
+    names = {id(param): name for name, param in risk.params.items()}
     layers: list[FactoredLayer] = []
     uncovered: dict[str, str] = {}
     joined: set[str] = set()
@@ -113,14 +117,14 @@ def factored_layers(
                 layers.append(limited)
                 joined.update(limited.names)
             continue
-        owners = _owners(risk, risk.params[name])
+        owners = every.of(risk.params[name])
         keys = {key for _, key in owners}
         reason = _unfit(owners, keys)
         if reason:
             uncovered[name] = reason
             continue
         modules = [module for module, _ in owners]
-        bias = _common_bias(risk, modules) if keys == {"weight"} else name
+        bias = _common_bias(names, every, modules) if keys == {"weight"} else name
         found = _layer(risk, name if keys == {"weight"} else None, bias, modules)
         limited = _sides(found, dense_norms, max_side)
         layers.append(limited)
@@ -150,16 +154,7 @@ def on_channels(module: nn.Module) -> bool:
     return isinstance(module, _CHANNELS)
 
 
-def _owners(risk: Parameters, param: Tensor) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, key)
-        for module in risk.model.modules()
-        for key, held in module._parameters.items()
-        if held is param
-    ]
-
-
-def _unfit(owners: list[tuple[nn.Module, str]], keys: set[str]) -> str:
+def _unfit(owners: list[Owner], keys: set[str]) -> str:
     """Why a parameter is in no factored layer, or nothing."""
     kinds = " and ".join(sorted({plain_type(module).__name__ for module, _ in owners}))
     roles = {role_of(module) for module, _ in owners}
@@ -183,17 +178,16 @@ def _unfit(owners: list[tuple[nn.Module, str]], keys: set[str]) -> str:
     return f"it is shared by layers of different kinds ({kinds})"
 
 
-def _common_bias(risk: Parameters, modules: list[nn.Module]) -> str | None:
-    """The selected bias that all modules of one weight, and no others, have."""
-    held = {id(module._parameters.get("bias")) for module in modules}
-    if len(held) != 1 or len({role_of(module) for module in modules}) != 1:
+def _common_bias(names: Mapping[int, str], every: Owners, modules: list[nn.Module]) -> str | None:
+    """The bias, of those ``names``, that all modules of one weight, and no others, have."""
+    bias = modules[0]._parameters.get("bias")
+    alike = all(module._parameters.get("bias") is bias for module in modules)
+    if bias is None or id(bias) not in names or not alike:
         return None
-    for name, param in risk.params.items():
-        if id(param) in held:
-            owners = _owners(risk, param)
-            same = {id(module) for module, _ in owners} == {id(m) for m in modules}
-            return name if same and {key for _, key in owners} == {"bias"} else None
-    return None
+    owners = every.of(bias)
+    same = {id(module) for module, _ in owners} == {id(m) for m in modules}
+    own = same and {key for _, key in owners} == {"bias"}
+    return names[id(bias)] if own and len({role_of(m) for m in modules}) == 1 else None
 
 
 def _layer(

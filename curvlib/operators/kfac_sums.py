@@ -23,14 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curvlib.operators import kfac_squares, layer_rows
 from curvlib.operators.kfac_layers import FactoredLayer
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use, Uses
 
 #: Bytes of rows that are held at once.
 CHUNK = 64 * 2**20
@@ -43,18 +42,6 @@ TILE = 64
 
 Basis = tuple[Tensor | None, Tensor | None]
 Gradients = Sequence[Tensor | None]
-
-
-class Found(Protocol):
-    """Uses of layers in one forward pass of some examples."""
-
-    @property
-    def uses(self) -> Sequence[Use]:
-        """The uses, in order."""
-
-    @property
-    def examples(self) -> int:
-        """How many examples there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +74,10 @@ def factor_sums(layers: Sequence[FactoredLayer], like: Tensor) -> Sums:
     return Sums(sums, counts)
 
 
-def add_inputs(layer: FactoredLayer, found: Found, sums: Sums, *, reduce: bool) -> None:
+def add_inputs(layer: FactoredLayer, found: Uses, sums: Sums, *, reduce: bool) -> None:
     """Adds the moments of a pass's inputs; those of embeddings come with their gradients."""
     n, like = found.examples, next(iter(sums.tensors.values()))
-    uses = [use for use in found.uses if use.layer == layer.name and use.role == "matrix"]
+    uses = [use for use in found.of(layer.name) if use.role == "matrix"]
     if not uses:
         return
     key = f"{layer.name}|matrix"
@@ -104,7 +91,7 @@ def add_inputs(layer: FactoredLayer, found: Found, sums: Sums, *, reduce: bool) 
 
 def add_gradients(
     layer: FactoredLayer,
-    found: Found,
+    found: Uses,
     gradients: Gradients,
     sums: Sums,
     *,
@@ -161,7 +148,7 @@ class EigenvalueSums:
         """Forgets the inputs of the last pass."""
         self._inputs, self._held = {}, 0
 
-    def add(self, layer: FactoredLayer, found: Found, gradients: Gradients, out: Tensor) -> None:
+    def add(self, layer: FactoredLayer, found: Uses, gradients: Gradients, out: Tensor) -> None:
         """Adds the squares of one direction of a pass to ``out``, ``[G, O, I]``."""
         n = found.examples
         own = _of_role(layer, "matrix", found, gradients)
@@ -210,7 +197,7 @@ class EigenvalueSums:
         return rows
 
     def _add_embedding(
-        self, layer: FactoredLayer, found: Found, gradients: Gradients, out: Tensor
+        self, layer: FactoredLayer, found: Uses, gradients: Gradients, out: Tensor
     ) -> None:
         uses, own = _of_role(layer, "embedding", found, gradients)
         if uses:
@@ -236,7 +223,7 @@ class EigenvalueSums:
         return torch.cat([index for index, _, _ in parts], 1), rows
 
     def _add_tied(
-        self, layer: FactoredLayer, found: Found, gradients: Gradients, out: Tensor
+        self, layer: FactoredLayer, found: Uses, gradients: Gradients, out: Tensor
     ) -> None:
         """A weight that is both an embedding's and a linear layer's: the sum of both, squared."""
         n = found.examples
@@ -257,12 +244,12 @@ class EigenvalueSums:
 
 
 def _of_role(
-    layer: FactoredLayer, role: str, found: Found, gradients: Gradients
+    layer: FactoredLayer, role: str, found: Uses, gradients: Gradients
 ) -> tuple[list[Use], list[Tensor | None]]:
     chosen = [
         (use, gradient)
-        for use, gradient in zip(found.uses, gradients, strict=True)
-        if use.layer == layer.name and use.role == role
+        for use, gradient in found.with_gradients(layer.name, gradients)
+        if use.role == role
     ]
     return [use for use, _ in chosen], [gradient for _, gradient in chosen]
 

@@ -39,7 +39,7 @@ from curvlib.operators.hidden_calls import HiddenReplay, distinct, layers_inside
 from curvlib.operators.kfac_layers import factored_layers
 from curvlib.operators.layer_parameters import Chosen
 from curvlib.operators.layer_replay import ModuleCall
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use
 from curvlib.operators.live_labels import pulled_back, require_samplable, require_terms
 from curvlib.operators.open_pass import NotedCall, OpenPass
 from curvlib.operators.recorded import Recorded

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from curvlib.core.forward import Holder
 from curvlib.operators.kfac_layers import FactoredLayer, on_channels
 from curvlib.operators.layer_inputs import input_rows
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use
 
 _ALL = 2**62
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,7 +14,6 @@ their values (tokens routed to experts), examples go through the model one by on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
@@ -33,63 +32,14 @@ from curvlib.operators.hidden_calls import HiddenCall, HiddenUse, distinct, laye
 from curvlib.operators.kfac_layers import FactoredLayer
 from curvlib.operators.kfac_targets import Direction
 from curvlib.operators.layer_inputs import positions
+from curvlib.operators.layer_use import Use, Uses
 from curvlib.operators.row_checks import among, close, last_rows
 from curvlib.operators.row_masks import Mask, mask_at, row_mask
 from curvlib.operators.weight_uses import WeightUses
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
-    """One call of a module of a factored layer.
-
-    Attributes:
-        layer: Name of the layer.
-        module: The module.
-        role: Its role.
-        x: Its input.
-        version: Of the input's memory, when it was read.
-        edge: Of the graph, at the output; ``None`` where no gradient flows.
-        shape: Shape of the output.
-        keep: Which rows count for factors, bool ``[N, T]``, or ``None`` for all.
-        given: Whether ``x`` holds rows already, ``[G, N, T, I]``, and gradients are
-            ``[G, N, T, O]``: of products that are inside a module, where no hook sees them.
-        inside: Where the gradients of such a product come from.
-    """
-
-    layer: str
-    module: nn.Module
-    role: str
-    x: Tensor
-    version: int
-    edge: GradientEdge | None
-    shape: tuple[int, ...]
-    keep: Tensor | None
-    given: bool = False
-    inside: HiddenUse | None = None
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """Shape of the places at which it takes rows."""
-        if self.given:
-            return tuple(self.x.shape[1:3])
-        if self.role == "embedding":
-            return tuple(self.x.shape)
-        if self.role == "scale":
-            return tuple(self.x.shape[:1])
-        return positions(self.module, self.x)
-
-    def rows(self, examples: int) -> int | None:
-        """``T``, rows for each example, or ``None`` if the first axis is not of examples."""
-        places = self.places
-        if examples == 1:
-            return math.prod(places)
-        if not places or places[0] % examples:
-            return None
-        return math.prod(places) // examples
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
+class Pass(Uses):
     """A forward pass of a batch, or of one of its examples.
 
     Attributes:

@@ -22,7 +22,7 @@ from torch import Tensor
 from curvlib.core.content_numbers import content_uniform
 from curvlib.operators import layer_rows
 from curvlib.operators.kfac_layers import FactoredLayer
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use
 from curvlib.operators.recorded import Recorded
 
 #: Bytes of rows that are held at once.
@@ -87,8 +87,8 @@ def row_sums(
     """
     pairs = [
         (use, gradient)
-        for use, gradient in zip(found.uses, found.gradients, strict=True)
-        if use.layer == layer.name and gradient is not None
+        for use, gradient in found.with_gradients(layer.name, found.gradients)
+        if gradient is not None
     ]
     if not pairs:
         return {}

@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvlib.operators.hidden_calls import HiddenReplay
 from curvlib.operators.layer_replay import ModuleCall
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use
 
 
 @dataclass(frozen=True, eq=False)

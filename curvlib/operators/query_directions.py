@@ -173,7 +173,7 @@ def by_gradients(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
                 own[..., :width] = (outputs.mT @ inputs).transpose(0, 1)
             if width < I:
                 own[..., width] = outputs.sum(2).transpose(0, 1)
-            out[at].addmm_(own.flatten(1), flat)
+            torch.addmm(out[at], own.flatten(1), flat, out=out[at])
     return out
 
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use, Uses
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class Recorded(Uses):
     """What one forward and backward pass showed.
 
     Attributes:
@@ -49,7 +49,7 @@ class Recorded:
     def aligned(self, layer: str) -> bool:
         """Whether rows of a layer can be told apart by example."""
         return layer not in self.mixed and all(
-            use.rows(self.examples) is not None for use in self.uses if use.layer == layer
+            use.rows(self.examples) is not None for use in self.of(layer)
         )
 
     def merged(self) -> Recorded:

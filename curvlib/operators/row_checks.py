@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from curvlib.operators.layer_uses import Use
+    from curvlib.operators.layer_use import Use
 
 
 def last_rows(use: Use, n: int) -> Tensor:

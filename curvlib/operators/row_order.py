@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge
 from curvlib.core.data import tensors
 from curvlib.core.random import generator_of
 from curvlib.operators.kfac_layers import FactoredLayer, on_channels
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRIES = 3

@@ -21,7 +21,7 @@ from curvlib.operators.layer_rows import (
     normalized,
     output_matrix,
 )
-from curvlib.operators.layer_uses import Use
+from curvlib.operators.layer_use import Use
 from curvlib.operators.query_directions import CHUNK
 from curvlib.operators.score_blocks import ScoreBlock
 from curvlib.operators.score_passes import GradientPass
@@ -73,8 +73,8 @@ def terms(
     n = found.examples
     own = [
         (use, gradient)
-        for use, gradient in zip(found.one.uses, found.outputs, strict=True)
-        if use.layer == block.name and gradient is not None and use.rows(n) != 0
+        for use, gradient in found.one.with_gradients(block.name, found.outputs)
+        if gradient is not None and use.rows(n) != 0
     ]  # (an expert that gets no token may be called with no row)
     matrices = [(use, g) for use, g in own if use.role == "matrix"]
     for group in [[pair] for pair in matrices] if apart else [matrices]:
@@ -118,7 +118,7 @@ def chunks(block: ScoreBlock, found: GradientPass, like: torch.dtype) -> Iterato
     """Examples that are done at once, so that rows and gradients fit."""
     n = found.examples
     G, O, I = block.shape
-    rows = [use.rows(n) or 0 for use in found.one.uses if use.layer == block.name]
+    rows = [use.rows(n) or 0 for use in found.one.of(block.name)]
     each = G * (sum(rows) * (O + I) + O * I)
     step = max(1, CHUNK // max(1, each * like.itemsize))
     for start in range(0, n, step):

@@ -16,6 +16,7 @@ from curvlib.operators.kfac_sums import (
     add_inputs,
     factor_sums,
 )
+from curvlib.operators.layer_use import Uses
 from curvlib.operators.recorded import Recorded, factor_of_squares
 from curvlib.optim.layer_curvature import LayerCurvature
 
@@ -83,10 +84,10 @@ def add_pass(
     gradients = [g if g is None or scale == 1.0 else unscaled(g, scale) for g in raw]
     left_out = {}
     for layer in layers:
-        if not any(use.layer == layer.name for use in found.uses):
+        if not found.of(layer.name):
             continue
         squares = pending.get(f"{layer.name}|squares")
-        own = found
+        own: Uses = found
         if not found.aligned(layer.name):
             if reduce or squares is not None or "scale" in layer.roles:
                 left_out[layer.name] = (
@@ -97,10 +98,8 @@ def add_pass(
                 continue
             own = found.merged()
         keys = [f"{layer.name}|{role}" for role in layer.roles]
-        sums = Sums(
-            {k: t for k, t in pending.items() if k.rpartition("|")[0] in keys},
-            dict.fromkeys(keys, 0.0),
-        )
+        sides = [f"{key}|{side}" for key in keys for side in ("left", "right")]
+        sums = Sums({k: pending[k] for k in sides if k in pending}, dict.fromkeys(keys, 0.0))
         add_inputs(layer, own, sums, reduce=reduce)
         add_gradients(layer, own, gradients, sums, reduce=reduce, first=True)
         for key, count in sums.counts.items():

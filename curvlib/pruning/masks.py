@@ -11,9 +11,10 @@ Pruned weights are zeros and nothing else: :func:`apply` writes them.
 from __future__ import annotations
 
 import hashlib
-import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -177,13 +178,12 @@ class Masks(Result):
                 )
 
     def _require_untied(self, owners: dict[str, Owner]) -> None:
+        every = {n: owner.parameter for n, owner in owners.items()}
+        memory = _Memory({n: p for n, p in every.items() if not _is_lazy(p)})
         for name in self.keep:
-            p = owners[name].parameter
-            for other, owner in owners.items():
-                q = owner.parameter
-                if other == name or _is_lazy(q) or not _overlap(p, q):
-                    continue
-                how = "is the same tensor as" if p is q else "shares memory with"
+            for other in memory.of(name):
+                same = every[name] is every[other]
+                how = "is the same tensor as" if same else "shares memory with"
                 raise ValueError(
                     f"cannot prune {name!r}: it {how} {other!r}, which would lose the same "
                     "weights; leave it out of the masks, untie the two, or pass allow_tied=True "
@@ -312,18 +312,42 @@ def _is_lazy(p: Any) -> bool:
     return bool(nn.parameter.is_lazy(p))
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have bytes in common."""
-    if a is b:
-        return True
-    if a.device != b.device or a.numel() == 0 or b.numel() == 0:
-        return False
-    if a.device.type == "meta" or a.layout != torch.strided or b.layout != torch.strided:
-        return False
-    return a.data_ptr() < b.data_ptr() + _extent(b) and b.data_ptr() < a.data_ptr() + _extent(a)
+class _Memory:
+    """Which of some tensors have bytes in common: those whose extents do, in order of address."""
+
+    def __init__(self, named: dict[str, Tensor]) -> None:
+        self._tensors = named
+        self._same: dict[int, list[str]] = {}
+        for name, t in named.items():
+            self._same.setdefault(id(t), []).append(name)
+        self._extents = {
+            name: _extent(t)
+            for name, t in named.items()
+            if t.numel() and t.device.type != "meta" and t.layout == torch.strided
+        }
+        self._order = sorted(self._extents, key=self._extents.__getitem__)
+        self._starts = [self._extents[name][:2] for name in self._order]
+        ends = (self._extents[name] for name in self._order)
+        # the furthest that any of the first ones reaches, on its device
+        self._reach = list(accumulate(((e[0], e[2]) for e in ends), max))
+
+    def of(self, name: str) -> list[str]:
+        """The others that share memory with a tensor, in the order of all."""
+        found = set(self._same[id(self._tensors[name])])
+        if name in self._extents:
+            device, start, stop = self._extents[name]
+            i = bisect_left(self._starts, (device, stop)) - 1
+            while i >= 0 and self._reach[i] > (device, start):
+                own = self._extents[self._order[i]]
+                if own[0] == device and own[2] > start:
+                    found.add(self._order[i])
+                i -= 1
+        return (
+            [other for other in self._tensors if other in found - {name}] if len(found) > 1 else []
+        )
 
 
-def _extent(t: Tensor) -> int:
-    """Bytes from the first entry to the last."""
+def _extent(t: Tensor) -> tuple[str, int, int]:
+    """Device, and bytes from the first entry to behind the last."""
     reach = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return math.prod((reach + 1, t.element_size()))
+    return str(t.device), t.data_ptr(), t.data_ptr() + (int(reach) + 1) * t.element_size()
