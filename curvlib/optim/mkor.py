@@ -273,7 +273,11 @@ class MKOR(CurvatureOptimizer):
             )
         if self._due() and not self.pending and not self.clock.curvature_updates:
             self._missing()
-        layers = [(layer, self._group_of(layer)) for layer in self._watch.layers.values()]
+        groups = {id(p): group for _, p, group in self.parameters()}
+        layers = [  # a layer's first parameter is its weight if it has one
+            (layer, groups[id(self.recorder.params[layer.names[0]])])
+            for layer in self._watch.layers.values()
+        ]
         inverses = self.inverses
         if self.pending:
             inverses = advanced(
@@ -319,11 +323,6 @@ class MKOR(CurvatureOptimizer):
         counts = torch.stack([self.pending[f"{n}|rows"] for n in seen]).tolist() if seen else []
         rows = [(x, count / self.replicas) for x, count in zip(seen.values(), counts, strict=True)]
         return cost_of_steps(rows, interval=self.interval, vectors=self.vectors)
-
-    def _group_of(self, layer: FactoredLayer) -> dict[str, Any]:
-        """The group of a layer's first parameter, its weight if it has one."""
-        first = self.recorder.params[layer.names[0]]
-        return next(group for _, p, group in self.parameters() if p is first)
 
     # ---------------------------------------------------------------------------- state
     def _extra_state(self) -> dict[str, Any]:
