@@ -2,7 +2,7 @@
 
     python benchmarks/influence.py [--parts lds mislabel removal] [--tasks diabetes digits ...]
                                    [--masks 100] [--repeats 5] [--seeds 3] [--bank-seed 0]
-                                   [--split 0]
+                                   [--splits 0 1 2]
 
 ``lds``
     Models are retrained on 100 random halves of the training data, five times each (the bank, kept
@@ -14,7 +14,8 @@
     momentum and weight decay alone; "chosen" damping :func:`curvlib.influence.select_damping`, from
     a bank of its own: 20 halves x 2 retrainings with other seeds, for one half of the queries by
     the other. "checkpoints" averages the scores of three models of the run, in the middle of its
-    first, second and last third. CG takes 10 iterations.
+    first, second and last third. CG takes 10 iterations. With several splits of the data, each with
+    a bank of its own, rows of split "mean" are means over them, with standard errors.
 
     How the recipes were found says ``docs/decisions/0021``. "fitted digits" is a harder one:
     batches of 32, and pixels divided by 16.
@@ -131,6 +132,22 @@ def lds_rows(args: argparse.Namespace, task: Task) -> list[dict[str, Any]]:
     for name, groups in (("EK-FAC", models), ("EK-FAC, checkpoints", runs)):
         rows += [_selected_row(args, task, bank, f"{name}, chosen damping", groups)]
     return rows
+
+
+def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over splits of each task and method, with standard errors."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["method"]), []).append(row)
+    out = []
+    for (task, method), own in groups.items():
+        row = {"part": "lds", "task": task, "split": "mean", "method": method, "splits": len(own)}
+        for name in ("single", "ensemble", "ceiling"):
+            values = torch.tensor([r[name] for r in own], dtype=torch.float64)
+            row[name] = float(values.mean())
+            row[f"{name} stderr"] = float(values.std() / len(own) ** 0.5)
+        out.append(row)
+    return out
 
 
 def _lds_row(
@@ -274,6 +291,7 @@ def removal_rows(args: argparse.Namespace, task: Task) -> list[dict[str, Any]]:
 COLUMNS = {
     "lds": {
         "task": "",
+        "split": "",
         "method": "",
         "single": ".3f",
         "single low": ".3f",
@@ -282,6 +300,8 @@ COLUMNS = {
         "low": ".3f",
         "high": ".3f",
         "ceiling": ".3f",
+        "single stderr": ".3f",
+        "ensemble stderr": ".3f",
         "seconds": ".1f",
     },
     "mislabel": {"method": "", "seed": "", "auc": ".3f", "top 10 %": ".3f", "top 20 %": ".3f"},
@@ -306,7 +326,7 @@ def main() -> None:
     add("--repeats", type=int, default=5)
     add("--seeds", type=int, default=3)
     add("--bank-seed", type=int, default=0)
-    add("--split", type=int, default=0)
+    add("--splits", nargs="+", type=int, default=[0])
     add("--threads", type=int, default=torch.get_num_threads())
     add("--no-save", action="store_true")
     args = parser.parse_args()
@@ -317,7 +337,10 @@ def main() -> None:
         if part == "mislabel":
             new = mislabel_rows(args)
         for name in args.tasks if part != "mislabel" else []:
-            new += (lds_rows if part == "lds" else removal_rows)(args, TASKS[name](args.split))
+            for split in args.splits:
+                new += (lds_rows if part == "lds" else removal_rows)(args, TASKS[name](split))
+        if part == "lds" and len(args.splits) > 1:
+            new += mean_rows(new)
         rows += new
         print(common.table(new, COLUMNS[part]), end="\n\n", flush=True)
     if not args.no_save:
