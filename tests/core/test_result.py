@@ -121,7 +121,7 @@ def test_the_file_is_plain_safetensors_with_json(tmp_path: Path) -> None:
 )
 def test_every_plain_value_comes_back(value: Any) -> None:
     tensors: dict[str, Tensor] = {}
-    encoded = json.loads(json.dumps(files._encode(value, "value", tensors), allow_nan=False))
+    encoded = json.loads(json.dumps(files._encode(value, "value", tensors, set()), allow_nan=False))
     assert repr(files._decode(encoded, tensors.get)) == repr(value)  # repr: nan equals nan
 
 
