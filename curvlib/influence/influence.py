@@ -46,7 +46,7 @@ from curvlib.influence.queries import Queries, query_risk, risk_on
 from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
 from curvlib.influence.scan import Scan, inverse
 from curvlib.influence.self_scores import self_products
-from curvlib.operators.known_examples import known_examples
+from curvlib.operators.scores.known_examples import known_examples
 
 
 class Influence:

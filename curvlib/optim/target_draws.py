@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from curvlib.core.group import Group, group_of
 from curvlib.operators.labels import SampledLabels
-from curvlib.operators.live_fisher import Uniform
+from curvlib.operators.live.fisher import Uniform
 from curvlib.optim.draws import stream
 
 _CPU = torch.device("cpu")

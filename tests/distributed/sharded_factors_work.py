@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import curvlib as cl
 from curvlib.core.group import Group
-from curvlib.operators.factored_damping import factored_damping
+from curvlib.operators.factors.factored_damping import factored_damping
 from tests.distributed.factored_work import Images, Words, images, part, seeded, words
 from tests.distributed.failures import message
 from tests.distributed.sharded_work import _state, mesh

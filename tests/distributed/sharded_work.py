@@ -30,7 +30,7 @@ from curvlib.estimators.rows import extend, qr
 from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.mfac_operator import MFAC
-from curvlib.operators.window import Window
+from curvlib.operators.windows.window import Window
 from curvlib.rates.batch_sharpness import batch_sharpness
 from tests.cases import build
 from tests.distributed.work import F64, batches, net, uneven
