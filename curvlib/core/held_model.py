@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
-from curvlib.core import sharded
-from curvlib.core.bundles import Bundle
-from curvlib.core.group import Group
 from curvlib.core.owners import Owners
+from curvlib.core.ranks import sharded
+from curvlib.core.ranks.bundles import Bundle
+from curvlib.core.ranks.group import Group
 from curvlib.core.space import ParamSelection, ParamSpace, select
 
 T = TypeVar("T")

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import together
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part, checked, uncovered
 from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.spread_blocks import SpreadBlock, constant_block
 from curvlib.core.space import ParamSpace
-from curvlib.core.spread_blocks import SpreadBlock, constant_block
 from curvlib.core.structured import finite_number, on_columns
 
 #: Relative damping where none is given.
@@ -43,7 +43,8 @@ class Kronecker(LinearOperator):
 
     Args:
         blocks: The blocks, disjoint, with eigenvectors that are orthogonal; as
-            :class:`~curvlib.core.spread_blocks.SpreadBlock` where the space is spread over ranks.
+            :class:`~curvlib.core.ranks.spread_blocks.SpreadBlock` where the space is spread over
+            ranks.
         size: ``P``.
         space: The parameters that index it, where there are any.
         rest: The diagonal entry of coordinates that are in no block.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator, Matmat, digest
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 
 class Diagonal(LinearOperator):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.core.structured import finite_number
 from curvlib.estimators.rows import finite_everywhere
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.group import together
 from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.ranks.group import together
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
+from curvlib.core.ranks.spread_blocks import SpreadBlock
 from curvlib.core.risk import Risk
-from curvlib.core.spread_blocks import SpreadBlock
 from curvlib.core.structured import Diagonal
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.spread_queries import inverse_blocks

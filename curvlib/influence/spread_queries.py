@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.kronecker import Kronecker
+from curvlib.core.ranks.spread_blocks import Cut, SpreadBlock, cut_of
 from curvlib.core.risk import Risk
-from curvlib.core.spread_blocks import Cut, SpreadBlock, cut_of
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.operators.scores.blocks import ScoreBlock, score_blocks
 from curvlib.operators.scores.directions import CHUNK

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.joined import gathered
+from curvlib.core.ranks.joined import gathered
 from curvlib.core.risk import Risk
 from curvlib.core.structured import Diagonal
 from curvlib.operators.batch_examples import example_count

@@ -34,8 +34,8 @@ from torch.overrides import TorchFunctionMode
 from curvlib.core.batch import Batch
 from curvlib.core.chunked_logits import Logits
 from curvlib.core.exhausted import is_exhausted
-from curvlib.core.group import Group
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.group import Group
 from curvlib.core.risk import Risk
 from curvlib.operators.captured.compiled import Compile, CompiledProduct
 from curvlib.operators.columns import batched_quietly, derivative, pieces

@@ -27,8 +27,8 @@ from curvlib.core.check import central_difference
 from curvlib.core.exhausted import is_exhausted
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.watch import NoAnswerError
 from curvlib.core.risk import Risk
-from curvlib.core.watch import NoAnswerError
 from curvlib.operators.captured.compiled import Compile, CompiledProduct
 from curvlib.operators.columns import derivative, pieces
 from curvlib.operators.graphs import GraphCache, once_differentiable

@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.group import Group
 from curvlib.core.owners import Owners
+from curvlib.core.ranks.group import Group
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.operators.layers.inputs import Layer, input_rows, layer_of, positions

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from curvlib.core.files import read_record, write_record
-from curvlib.core.group import together
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.linear_cross_entropy import needs_logits
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.spread_blocks import SpreadBlock
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection, ParamSpace
-from curvlib.core.spread_blocks import SpreadBlock
 from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.factors.files import (
     loaded_blocks,
@@ -253,7 +253,7 @@ def kfac(
     Args:
         risk: Model, loss, data and parameters. Examples must be independent, which is checked.
             Parameters may be sharded: then each rank holds rows of the operator
-            (:mod:`curvlib.core.spread_blocks`).
+            (:mod:`curvlib.core.ranks.spread_blocks`).
         eigen_corrected: Whether to fit corrected eigenvalues, too, in a second pass.
         fisher: ``"type2"``, exact: a backward pass for each of an example's outputs. ``"mc"``: one
             for each of the ``samples``, with targets drawn from the model's own predictions (for

@@ -52,8 +52,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.core.dtensors import is_sharded
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.dtensors import is_sharded
+from curvlib.core.ranks.spread import Spread
 from curvlib.operators.windows.arguments import require_dtype
 from curvlib.operators.windows.gradient_window import GradientWindow, Prepared, require_followed
 from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, number, positive

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from curvlib.core.group import Group, group_of
+from curvlib.core.ranks.group import Group, group_of
 from curvlib.operators.labels import SampledLabels
 from curvlib.operators.live.fisher import Uniform
 from curvlib.optim.draws import stream

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import curvlib as cl
-from curvlib.core import spread
-from curvlib.core.group import Group, group_of
 from curvlib.core.operator import as_operator
-from curvlib.core.shards import part_of
+from curvlib.core.ranks import spread
+from curvlib.core.ranks.group import Group, group_of
+from curvlib.core.ranks.shards import part_of
 from curvlib.estimators.rows import extend, qr
 from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.bundles import gathered
-from curvlib.core.file_parts import Later, Stored
-from curvlib.core.group import Group
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
-from curvlib.core.slices import Slices
+from curvlib.core.ranks.bundles import gathered
+from curvlib.core.ranks.file_parts import Later, Stored
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
+from curvlib.core.ranks.spread_blocks import Cut, SpreadBlock, cut_of, places_of
 from curvlib.core.space import ParamSpace
-from curvlib.core.spread_blocks import Cut, SpreadBlock, cut_of, places_of
 
 Block = KroneckerBlock | SpreadBlock
 _DTYPES = {str(t): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.file_parts import StateParts
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
+from curvlib.core.ranks.file_parts import StateParts
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, Report, run
 from curvlib.operators.batch_examples import example_count

@@ -1,10 +1,10 @@
 r"""A fit of Kronecker factors to sharded parameters: ranks go through their batches together.
 
 Of every sum, factor, basis and eigenvalue a rank holds the slice that
-:mod:`curvlib.core.spread_blocks` gives it. Each batch's term of a layer is computed whole, by every
-rank from its own batch, and summed over ranks into the slices; each factor is gathered to one rank,
-decomposed there, and its eigenvectors are cut again. So a rank holds :math:`1/R` of everything, and
-beside that one layer's factors or bases whole at a time.
+:mod:`curvlib.core.ranks.spread_blocks` gives it. Each batch's term of a layer is computed whole, by
+every rank from its own batch, and summed over ranks into the slices; each factor is gathered to one
+rank, decomposed there, and its eigenvectors are cut again. So a rank holds :math:`1/R` of
+everything, and beside that one layer's factors or bases whole at a time.
 
 For layers of ``O`` outputs and ``I`` inputs and ``c`` backward passes, of which the gradients of
 ``h`` are kept at a time (as many as ``HELD`` bytes allow), a rank sends :math:`(R - 1) / R` times
@@ -20,8 +20,9 @@ eigenvalues    :math:`\lceil c / h \rceil \sum (O^2 + I^2 + O I)`               
 
 A rank that has fewer batches, examples or directions than another goes through one of its own
 again, which counts for nothing. What fails on one rank alone is told at the next exchange, and in
-the middle of a pass by :mod:`curvlib.core.watch`: all raise. Checkpoints are written after each
-pass, whole, so that any number of ranks goes on from them; a pass that is stopped is done again.
+the middle of a pass by :mod:`curvlib.core.ranks.watch`: all raise. Checkpoints are written after
+each pass, whole, so that any number of ranks goes on from them; a pass that is stopped is done
+again.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.bundles import Bundle, own_sum
 from curvlib.core.data import tensors
-from curvlib.core.in_step import Agreement
 from curvlib.core.kronecker_blocks import Part
-from curvlib.core.spread_blocks import Cut, SpreadBlock, places_of
+from curvlib.core.ranks.bundles import Bundle, own_sum
+from curvlib.core.ranks.in_step import Agreement
+from curvlib.core.ranks.spread_blocks import Cut, SpreadBlock, places_of
 from curvlib.operators.factors.fit import Fit
 from curvlib.operators.factors.pairs import Share, factor, miscounted, shares
 from curvlib.operators.factors.ranks import SIDES

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group
-from curvlib.core.rank_passes import RankPass, run_passes
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.rank_passes import RankPass, run_passes
 from curvlib.core.run import Progress
 from curvlib.operators.factors.state import DONE, FitState
 

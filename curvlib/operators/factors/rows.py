@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.core.bundles import cut_from, gathered, gathered_at
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
+from curvlib.core.ranks.bundles import cut_from, gathered, gathered_at
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
 from curvlib.operators.factors.pairs import symmetric
 from curvlib.operators.factors.ranks import owners_of
 

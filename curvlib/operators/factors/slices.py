@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
-from curvlib.core.spread_blocks import Cut, cut_of
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
+from curvlib.core.ranks.spread_blocks import Cut, cut_of
 from curvlib.operators.factors.files import later, own_slice
 from curvlib.operators.factors.ranks import SIDES
 from curvlib.operators.factors.state import FitState
@@ -65,7 +65,7 @@ class LayerSlices:
 
 
 class StateSlices:
-    """How checkpoints hold states whole: see :class:`curvlib.core.file_parts.StateParts`."""
+    """How checkpoints hold states whole: see :class:`curvlib.core.ranks.file_parts.StateParts`."""
 
     def __init__(self, slices: LayerSlices) -> None:
         self.slices = slices

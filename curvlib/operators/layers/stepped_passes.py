@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
-from curvlib.core.in_step import Agreement
+from curvlib.core.ranks.in_step import Agreement
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import one_example
 from curvlib.operators.factors.targets import Direction

@@ -26,8 +26,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import tensors
+from curvlib.core.ranks.watch import NoAnswerError
 from curvlib.core.risk import Risk
-from curvlib.core.watch import NoAnswerError
 from curvlib.operators.batch_examples import example_count, one_example
 from curvlib.operators.factors.targets import Direction
 from curvlib.operators.layers.factored import FactoredLayer

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.joined import gathered
+from curvlib.core.ranks.joined import gathered
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count, one_example
 from curvlib.operators.gradients import shard_gradients

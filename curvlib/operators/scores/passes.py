@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch, misread_mean, misread_sum
 from curvlib.core.data import tensors
-from curvlib.core.in_step import Agreement
+from curvlib.core.ranks.in_step import Agreement
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count
 from curvlib.operators.factors.rest import rest_rows

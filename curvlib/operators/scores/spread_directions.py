@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvlib.core.bundles import gathered
-from curvlib.core.group import Group
-from curvlib.core.spread_blocks import Cut
+from curvlib.core.ranks.bundles import gathered
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.spread_blocks import Cut
 from curvlib.operators.scores.directions import CHUNK, BlockDirections, DenseDirections
 
 

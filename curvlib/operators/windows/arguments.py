@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.cupy_arrays import require_cupy
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.sharded import UNFOLLOWED
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.sharded import UNFOLLOWED
+from curvlib.core.ranks.spread import Spread
 from curvlib.operators.windows import solve as window_solve
 from curvlib.operators.windows.compression import kept_entries, top_entries
 from curvlib.operators.windows.sparse import SparseWindow

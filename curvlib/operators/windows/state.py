@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from curvlib.core.files import read_record, write_record
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 
 def settings(length: int, size: int, dtype: torch.dtype, parts: tuple[int, ...]) -> dict[str, Any]:

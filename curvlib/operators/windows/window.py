@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.operators.windows import blocks as window_blocks
 from curvlib.operators.windows import gram as window_gram
 from curvlib.operators.windows import order as window_order

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.files import atomic_write, read_record
-from curvlib.core.slices import Slices
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.slices import Slices
+from curvlib.core.ranks.spread import Spread
 
 #: Name of the fields, of a state's class, whose tensors are rows: their last axis is a vector's.
 FIELDS = "SPREAD"

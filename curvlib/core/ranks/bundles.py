@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
 
 #: Bytes of whole tensors that are gathered together, unless one of them has more. About what an
 #: interconnect sends in the time that a message takes to start.

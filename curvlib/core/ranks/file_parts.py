@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group
+from curvlib.core.ranks.group import Group
 
 _TYPES = {
     torch.float64: "F64",

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.core.bundles import Bundle, bundled
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
+from curvlib.core.ranks.bundles import Bundle, bundled
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
 
 #: Entries of a vector that are drawn at once: a multiple of what one draw of any law makes.
 CHUNK = 2**20

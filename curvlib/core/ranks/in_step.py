@@ -17,7 +17,7 @@ from curvlib.core.batch import Batch
 from curvlib.core.data import to_device
 
 if TYPE_CHECKING:
-    from curvlib.core.group import Group
+    from curvlib.core.ranks.group import Group
     from curvlib.core.risk import Risk
 
 T = TypeVar("T")

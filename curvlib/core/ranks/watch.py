@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from curvlib.core.group import Group
+    from curvlib.core.ranks.group import Group
 
 #: Seconds that a rank waits in a call before it looks for word of another one.
 SPAN = 0.5

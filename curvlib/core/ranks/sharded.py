@@ -1,7 +1,8 @@
 r"""Passes of models whose parameters are sharded (FSDP2, ``distribute_tensor``), to any order.
 
 Where a model uses a parameter, its slices are gathered, with those of its bundle, by a function
-whose derivatives exist to any order (:mod:`curvlib.core.bundles`), and freed when two others are in
+whose derivatives exist to any order (:mod:`curvlib.core.ranks.bundles`), and freed when two others
+are in
 use: ``torch.autograd.grad`` on all ranks together differentiates the *sum over ranks* of what each
 computes from its batch, and gives slices.
 
@@ -37,11 +38,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from curvlib.core.bundles import Bundle, bundled, gather
-from curvlib.core.dtensors import is_fsdp, is_sharded, slice_of
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.bundles import Bundle, bundled, gather
+from curvlib.core.ranks.dtensors import is_fsdp, is_sharded, slice_of
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
+from curvlib.core.ranks.spread import Spread
 
 #: What begins an error about a sharding that is not supported.
 UNFOLLOWED = "a sharding that curvlib cannot follow"

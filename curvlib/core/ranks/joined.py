@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group, devices_of
+from curvlib.core.ranks.group import Group, devices_of
 
 if TYPE_CHECKING:
     from curvlib.core.risk import Risk

@@ -33,10 +33,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvlib.core.bundles import gathered, own_sum
-from curvlib.core.group import Group
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
-from curvlib.core.slices import Slices
+from curvlib.core.ranks.bundles import gathered, own_sum
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
 from curvlib.core.space import ParamSpace
 
 #: Bytes of a block's columns that are whole at once (or one column).

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from curvlib.core.group import Group
+from curvlib.core.ranks.group import Group
 
 #: Bytes of rows that a rank makes ahead of its turn, unless told otherwise.
 AHEAD = 2**30

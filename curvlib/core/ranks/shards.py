@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from curvlib.core.data import batch_count, in_memory, is_mapping, mapped, reiterable, tensors
 from curvlib.core.fingerprint import content_of
-from curvlib.core.group import Group, GroupChoice, group_of
+from curvlib.core.ranks.group import Group, GroupChoice, group_of
 
 if TYPE_CHECKING:
     from curvlib.core.risk import Risk

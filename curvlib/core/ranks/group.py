@@ -11,9 +11,9 @@ the sum        :math:`2 S (R - 1) / R`       the sum itself, :math:`S` bytes, on
 
 (for the ring algorithm of an all-reduce). A collective call returns the same bits on every rank, so
 that whatever ranks derive from it they derive alike. A rank that fails says so in its header (where
-parameters are sharded, at once: :mod:`curvlib.core.watch`), and all ranks raise; one that has died
-or hangs ends the others when PyTorch notices: at once where the connection closes, else after the
-group's timeout.
+parameters are sharded, at once: :mod:`curvlib.core.ranks.watch`), and all ranks raise; one that has
+died or hangs ends the others when PyTorch notices: at once where the connection closes, else after
+the group's timeout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.core.watch import NoAnswerError, Watch
+from curvlib.core.ranks.watch import NoAnswerError, Watch
 
 #: Which processes work together: ``None`` for the default group where one is initialized,
 #: ``True`` for the same, required; ``False`` for this process alone; or a group.

@@ -16,10 +16,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from curvlib.core.file_parts import StateParts
-from curvlib.core.group import Group
+from curvlib.core.ranks.file_parts import StateParts
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.watch import telling, watching
 from curvlib.core.run import Progress, Report, run
-from curvlib.core.watch import telling, watching
 
 S = TypeVar("S")
 
