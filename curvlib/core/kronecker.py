@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part, checked, uncovered
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.ranks.group import together
 from curvlib.core.ranks.spread_blocks import SpreadBlock, constant_block
 from curvlib.core.space import ParamSpace
-from curvlib.core.structured import finite_number, on_columns
+from curvlib.core.structured import on_columns
 
 #: Relative damping where none is given.
 DAMPING = 0.1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from curvlib.core.ranks.sharded import plain_type
+from curvlib.core.ranks.dtensors import plain_type
 from curvlib.core.result import Result
 
 

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.space import ParamSpace
-from curvlib.core.structured import finite_number, on_columns
+from curvlib.core.structured import on_columns
 from curvlib.operators.windows import elements as window_elements
 from curvlib.operators.windows import solve as window_solve
 from curvlib.operators.windows.system import System, eigenvalues

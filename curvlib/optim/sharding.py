@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from curvlib.core.ranks.dtensors import is_fsdp, is_sharded, slice_of
 from curvlib.core.ranks.group import group_of
-from curvlib.core.ranks.sharded import UNFOLLOWED, Place, follow, gathering, place_of, places_of
+from curvlib.core.ranks.places import UNFOLLOWED, Place, follow, place_of, places_of
+from curvlib.core.ranks.sharded import gathering
 from curvlib.core.ranks.spread import Spread
 from curvlib.operators.graphs import ends_in, reentrant
 

@@ -32,3 +32,12 @@ def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 gathers parameters for a module."""
     found = sys.modules.get("torch.distributed.fsdp")
     return found is not None and isinstance(module, found.FSDPModule)
+
+
+def plain_type(module: nn.Module) -> type:
+    """The class of a module, without the one that ``fully_shard`` puts in front of it."""
+    if not is_fsdp(module):
+        return type(module)
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

@@ -18,9 +18,9 @@ import math
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.kronecker import DAMPING, Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
-from curvlib.core.structured import finite_number
 
 
 def factor_eigenvalues(block: KroneckerBlock) -> tuple[Tensor, Tensor] | None:

@@ -32,7 +32,7 @@ from torch import nn
 
 from curvlib.core.kronecker_blocks import Part
 from curvlib.core.owners import Owner, Owners
-from curvlib.core.ranks.sharded import plain_type
+from curvlib.core.ranks.dtensors import plain_type
 from curvlib.operators.layers.hidden_owners import HiddenGroup, HiddenOwners
 from curvlib.operators.layers.inputs import Layer, layer_of
 from curvlib.operators.layers.parameters import Parameters

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core.data import tensors
-from curvlib.core.ranks.sharded import plain_type, whole_in
+from curvlib.core.ranks.dtensors import plain_type
+from curvlib.core.ranks.sharded import whole_in
 from curvlib.operators.layers import attention_maps, recurrent
 from curvlib.operators.layers.hidden_map import HiddenMap, Unrolled
 

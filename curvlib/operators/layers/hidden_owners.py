@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from curvlib.core.owners import Owners
-from curvlib.core.ranks.sharded import plain_type
+from curvlib.core.ranks.dtensors import plain_type
 from curvlib.operators.layers.hidden_map import HiddenMap
 from curvlib.operators.layers.hidden_maps import hidden_maps, hides_maps, unfit
 from curvlib.operators.layers.parameters import Parameters

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvlib.core.ranks.sharded import plain_type
+from curvlib.core.ranks.dtensors import plain_type
 
 _CONVOLUTIONS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",

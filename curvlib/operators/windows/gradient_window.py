@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.ranks.sharded import UNFOLLOWED
+from curvlib.core.ranks.places import UNFOLLOWED
 from curvlib.core.ranks.spread import Spread
 from curvlib.operators.windows import solve as window_solve
 from curvlib.operators.windows.compression import kept_entries, top_entries

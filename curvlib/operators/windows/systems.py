@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvlib.core.structured import finite_number
+from curvlib.core.arguments import finite_number
 from curvlib.operators.windows.rows import Rows
 from curvlib.operators.windows.system import System, absolute_damping, attempt, factorize
 
