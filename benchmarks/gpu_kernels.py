@@ -31,7 +31,7 @@ from curvlib.estimators.probe_kernels import ProbeKernels
 from curvlib.estimators.probes import fill_signs
 from curvlib.estimators.rows import dots
 from curvlib.operators.mfac_operator import MFAC
-from curvlib.operators.window import Window
+from curvlib.operators.windows.window import Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALLS = 10  # between two waits for the device

@@ -48,7 +48,7 @@ from curvlib.influence.mislabel import mislabel_detection
 from curvlib.influence.refined import refined
 from curvlib.influence.removal import removal_curve
 from curvlib.influence.selection import select_damping
-from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
+from curvlib.operators.scores.example_values import error_norms, example_losses, gradient_norms
 
 TASKS = {
     "diabetes": ensembles.diabetes,

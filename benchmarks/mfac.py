@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from curvlib.operators.mfac import MFAC, mfac_window
-from curvlib.operators.window import Window
+from curvlib.operators.windows.window import Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -6,7 +6,7 @@ Two processes of one thread each (gloo), on the same machine. ``speedup`` is how
 products a second both make than one of them alone with all data, in interleaved rounds (the other
 waits); ``reduction`` the share of a product's time that the first rank spends in exchanges with the
 other, waiting included; ``bytes`` what a rank hands to collectives in one product, ``formula`` what
-:mod:`curvlib.core.joined` says. The batch of each problem is cut in two.
+:mod:`curvlib.core.ranks.joined` says. The batch of each problem is cut in two.
 
 Then products of a model that FSDP2 shards, as ratios to FSDP2's own gradient and to the same
 product with whole parameters, with the number of messages; ``sent_to_parameters`` is what a rank
@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from curvlib.core.group import Group
+from curvlib.core.ranks.group import Group
 
 HEADER = 20
 

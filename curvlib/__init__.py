@@ -9,9 +9,9 @@ from curvlib.core.linear_cross_entropy import LinearCrossEntropy
 from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
 from curvlib.core.plan import Plan
+from curvlib.core.ranks.shards import shard
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
-from curvlib.core.shards import shard
 from curvlib.core.space import ParamSpace
 from curvlib.core.structured import Diagonal, LowRankPlusShift
 from curvlib.estimators.density import Density, density

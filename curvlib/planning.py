@@ -22,10 +22,10 @@ from curvlib.estimators.plan import (
     trace_phase,
 )
 from curvlib.influence.plan import plan as influence_plan
+from curvlib.operators.factors.plan import fit_phases, fit_settings
 from curvlib.operators.hessian import hessian
-from curvlib.operators.kfac_plan import fit_phases, fit_settings
 from curvlib.operators.measured_product import measured_gradient, measured_product
-from curvlib.operators.window_plan import window_phases
+from curvlib.operators.windows.plan import window_phases
 
 Make = Callable[[Risk], LinearOperator]
 
@@ -43,8 +43,8 @@ def planned(risk: Risk, what: str, *, make: Make = hessian, **settings: Any) -> 
             (when another than the data's), and those of the computation (``k``, ``steps``,
             ``probes``, ``products``, ``method``, ``size``, ``queries``, ``rank``, ...; ``memory``
             is that of the operator, for kept graphs): see
-            :mod:`curvlib.estimators.plan`, :mod:`curvlib.operators.window_plan`,
-            :mod:`curvlib.operators.kfac_plan` and :func:`curvlib.influence.planned`.
+            :mod:`curvlib.estimators.plan`, :mod:`curvlib.operators.windows.plan`,
+            :mod:`curvlib.operators.factors.plan` and :func:`curvlib.influence.planned`.
 
     Raises:
         ValueError: If there is no such computation, or a number does not fit.

@@ -19,7 +19,7 @@ from torch import nn
 
 import curvlib as cl
 from curvlib.influence.influence import Influence
-from curvlib.operators.kfac_layers import factored_layers
+from curvlib.operators.layers.factored import factored_layers
 
 DATA = (torch.ones(4, 4), torch.tensor([0, 1, 2, 0]))
 LOSS = nn.CrossEntropyLoss()

@@ -24,7 +24,7 @@ from curvlib.core.operator import LinearOperator
 from curvlib.estimators import iterations, krylov_state, quadrature, sampling, stopping
 from curvlib.estimators.thick_restart import next_state
 from curvlib.operators.mfac_operator import MFAC
-from curvlib.operators.window import Window
+from curvlib.operators.windows.window import Window
 from tests.simulated_device import DEVICE, simulated_device
 
 F64 = torch.float64

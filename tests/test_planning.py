@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import curvlib as cl
 from curvlib.core.allocations import Allocations
 from curvlib.core.files import read_record
-from curvlib.core.group import Group
 from curvlib.core.plan import Ranks
 from curvlib.core.product_cost import HEADER, ProductCost
+from curvlib.core.ranks.group import Group
 from curvlib.estimators import plan as phases
 from curvlib.operators.measured_product import measured_gradient, measured_product
-from curvlib.operators.window import Window
-from curvlib.operators.window_plan import window_phases
+from curvlib.operators.windows.plan import window_phases
+from curvlib.operators.windows.window import Window
 from curvlib.planning import KNOBS, planned, planner, what_fits
 
 MAKES = {"hessian": cl.hessian, "ggn": cl.ggn, "fisher": lambda r: cl.fisher(r, "mc")}

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from curvlib.cli.target import converted, load, load_object
-from curvlib.core.group import group_of
 from curvlib.core.minibatch import example_count
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.group import group_of
+from curvlib.core.ranks.shards import sharded
 from curvlib.core.risk import Risk
-from curvlib.core.shards import sharded
 from curvlib.demo import digits
 from curvlib.operators.fisher import fisher
 from curvlib.operators.ggn import ggn

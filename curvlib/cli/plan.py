@@ -15,7 +15,7 @@ from curvlib.core.plan import Plan, readable
 from curvlib.core.risk import Risk
 from curvlib.estimators.diagonal import METHODS as DIAGONALS
 from curvlib.estimators.plan import SOLVE_BLOCKS
-from curvlib.operators.kfac_plan import CURVATURES
+from curvlib.operators.factors.plan import CURVATURES
 from curvlib.planning import planner, what_fits
 
 _DESCRIPTION = """\

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from curvlib.core.group import Group, group_of
+from curvlib.core.ranks.group import Group, group_of
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from curvlib.core.batch import Batch
 from curvlib.core.data import in_memory, reiterable, to_device
 from curvlib.core.fingerprint import content_of
-from curvlib.core.in_step import InStep
+from curvlib.core.ranks.in_step import InStep
 
 if TYPE_CHECKING:
     from curvlib.core.risk import Risk

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.algebra import Index, indices
+from curvlib.core.arguments import finite_number
 from curvlib.core.block_stacks import (
     CHUNK,
     MatrixStack,
@@ -29,7 +30,7 @@ from curvlib.core.block_stacks import (
 )
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.partition import Partition
-from curvlib.core.structured import finite_number, on_columns
+from curvlib.core.structured import on_columns
 
 
 class BlockDiagonal(LinearOperator):

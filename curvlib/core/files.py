@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlib.core import file_parts as with_parts
-from curvlib.core.file_parts import Later, Stored
+from curvlib.core.ranks import file_parts as with_parts
+from curvlib.core.ranks.file_parts import Later, Stored
 
 if TYPE_CHECKING:
-    from curvlib.core.group import Group
+    from curvlib.core.ranks.group import Group
 
 #: Version of the layout that :func:`write_record` writes.
 FORMAT_VERSION = 1
@@ -113,7 +113,7 @@ def write_record(
         path: Where to.
         kind: What is written: the name of a class.
         content: The values, by name. Dictionaries have string keys. Tensors may be
-            :class:`~curvlib.core.file_parts.Later`.
+            :class:`~curvlib.core.ranks.file_parts.Later`.
         group: The ranks that have the content together, and make what is made later, one tensor
             after the other; the first of them writes.
 
@@ -164,7 +164,7 @@ def read_record(
     Args:
         path: The file.
         device: Where tensors go that were not on the CPU when they were written.
-        stored: Whether tensors stay in the file, and :class:`~curvlib.core.file_parts.Stored`
+        stored: Whether tensors stay in the file, and :class:`~curvlib.core.ranks.file_parts.Stored`
             is returned in their places.
 
     Returns:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
-from curvlib.core import sharded
-from curvlib.core.bundles import Bundle
-from curvlib.core.group import Group
 from curvlib.core.owners import Owners
+from curvlib.core.ranks import places, sharded
+from curvlib.core.ranks.bundles import Bundle
+from curvlib.core.ranks.group import Group
 from curvlib.core.space import ParamSelection, ParamSpace, select
 
 T = TypeVar("T")
@@ -42,12 +42,12 @@ class HeldModel:
     def __init__(self, model: nn.Module, params: ParamSelection, group: Group | None) -> None:
         self.model = model
         self.held = select(model, params)
-        self.places: dict[int, sharded.Place] = {}
-        if sharded.has_sharded(model):
-            self.places = sharded.places_of(model, group)
+        self.places: dict[int, places.Place] = {}
+        if places.has_sharded(model):
+            self.places = places.places_of(model, group)
             self.held = select(model, params)  # what resharding has put back
         self.params = {name: self._leaf(p) for name, p in self.held.items()}
-        spread = sharded.spread_of(self.held, self.places)
+        spread = places.spread_of(self.held, self.places)
         self.space = replace(ParamSpace.from_named(self.params), spread=spread)
         self.regather: sharded.Regather | None = None  # during a pass over sharded parameters
         self._group = group
@@ -70,7 +70,7 @@ class HeldModel:
             RuntimeError: If a parameter of the model was replaced since.
         """
         if self.places:
-            sharded.refresh(self.model, self.places)
+            places.refresh(self.model, self.places)
         for module, key, name in self._owners:
             if module._parameters.get(key) is not self.held[name]:
                 raise RuntimeError(
@@ -131,7 +131,7 @@ class HeldModel:
         """Raises ValueError if parameters are sharded, for a function that does not follow that."""
         if self.places:
             raise ValueError(
-                f"{sharded.UNFOLLOWED}: the parameters are sharded, and {what} needs them whole. "
+                f"{places.UNFOLLOWED}: the parameters are sharded, and {what} needs them whole. "
                 "risk.value(), risk.gradient(), curvlib.hessian, curvlib.ggn, curvlib.fisher, "
                 "curvlib.kfac, influence and windows follow them; for others, load the parameters "
                 "into a model without fully_shard"

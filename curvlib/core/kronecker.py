@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import together
+from curvlib.core.arguments import finite_number
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part, checked, uncovered
 from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.spread_blocks import SpreadBlock, constant_block
 from curvlib.core.space import ParamSpace
-from curvlib.core.spread_blocks import SpreadBlock, constant_block
-from curvlib.core.structured import finite_number, on_columns
+from curvlib.core.structured import on_columns
 
 #: Relative damping where none is given.
 DAMPING = 0.1
@@ -43,7 +44,8 @@ class Kronecker(LinearOperator):
 
     Args:
         blocks: The blocks, disjoint, with eigenvectors that are orthogonal; as
-            :class:`~curvlib.core.spread_blocks.SpreadBlock` where the space is spread over ranks.
+            :class:`~curvlib.core.ranks.spread_blocks.SpreadBlock` where the space is spread over
+            ranks.
         size: ``P``.
         space: The parameters that index it, where there are any.
         rest: The diagonal entry of coordinates that are in no block.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from curvlib.core.ranks.spread_blocks import SpreadBlock
     from curvlib.core.space import ParamSpace
-    from curvlib.core.spread_blocks import SpreadBlock
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.data import is_mapping, mapped
 from curvlib.core.examples import chosen_examples
-from curvlib.core.group import together
 from curvlib.core.random import generator_of
+from curvlib.core.ranks.group import together
 from curvlib.core.risk import Risk
 
 

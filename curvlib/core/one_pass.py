@@ -10,9 +10,9 @@ from torch import Tensor
 
 from curvlib.core.batch import Batch
 from curvlib.core.data import to_device
-from curvlib.core.in_step import require_begun
-from curvlib.core.joined import Shard, joined
-from curvlib.core.watch import telling, watching
+from curvlib.core.ranks.in_step import require_begun
+from curvlib.core.ranks.joined import Shard, joined
+from curvlib.core.ranks.watch import telling, watching
 
 if TYPE_CHECKING:
     from curvlib.core.risk import Risk

@@ -26,9 +26,9 @@ from curvlib.core.exhausted import names_what_fits
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-    from curvlib.core.group import Group
+    from curvlib.core.ranks.group import Group
+    from curvlib.core.ranks.spread import Spread
     from curvlib.core.space import ParamSpace
-    from curvlib.core.spread import Spread
 
 Matmat = Callable[[Tensor], Tensor]
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 from curvlib.core.plan import Ranks
 
-#: Bytes of the header of a pass: see :mod:`curvlib.core.group`.
+#: Bytes of the header of a pass: see :mod:`curvlib.core.ranks.group`.
 HEADER = 8 * 20
 #: Columns that are done at once at most, so that memory for more is that of the vectors alone.
 COLUMNS = 16

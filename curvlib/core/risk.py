@@ -14,11 +14,11 @@ of one batch to :meth:`Risk.accumulate`, which loops, moves data, sums, normaliz
 
 In an initialized process group the data is this rank's *shard*: :math:`b` runs over the batches of
 all ranks, each loops over its own, and the sums are added up once for each pass
-(:mod:`curvlib.core.joined`). Shards may be unequal, or empty. :func:`curvlib.shard` takes a rank's
-part of data that all ranks hold.
+(:mod:`curvlib.core.ranks.joined`). Shards may be unequal, or empty. :func:`curvlib.shard` takes a
+rank's part of data that all ranks hold.
 
 Parameters may be sharded over the ranks (FSDP2): then vectors in their space are too, and the ranks
-go through their batches together (:mod:`curvlib.core.sharded`).
+go through their batches together (:mod:`curvlib.core.ranks.sharded`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
-from curvlib.core import shards
 from curvlib.core.batch import Batch, misread_mean
 from curvlib.core.batches import NO_BATCH, Batches
 from curvlib.core.data import (
@@ -41,11 +40,12 @@ from curvlib.core.data import (
 )
 from curvlib.core.exhausted import pass_names_what_fits
 from curvlib.core.fingerprint import fingerprint
-from curvlib.core.group import Group, GroupChoice, group_of
 from curvlib.core.held_model import HeldModel
-from curvlib.core.joined import problem_digest, require_device
 from curvlib.core.loss import Loss, read_loss
 from curvlib.core.one_pass import known_weight, one_pass, positive
+from curvlib.core.ranks import shards
+from curvlib.core.ranks.group import Group, GroupChoice, group_of
+from curvlib.core.ranks.joined import problem_digest, require_device
 from curvlib.core.space import ParamSelection, clean_name
 
 if TYPE_CHECKING:

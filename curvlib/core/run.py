@@ -24,9 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from curvlib.core import spread_files
 from curvlib.core.exhausted import run_names_what_fits
-from curvlib.core.file_parts import StateParts
 from curvlib.core.files import (
     read_record,
     remove_leftovers,
@@ -34,8 +32,10 @@ from curvlib.core.files import (
     shared_record,
     write_record,
 )
-from curvlib.core.group import Group, together
-from curvlib.core.spread import Spread
+from curvlib.core.ranks import spread_files
+from curvlib.core.ranks.file_parts import StateParts
+from curvlib.core.ranks.group import Group, together
+from curvlib.core.ranks.spread import Spread
 
 S = TypeVar("S")
 
@@ -91,7 +91,7 @@ def run(
         group: The processes that make the same steps together, all with the same state. The first
             one shows progress, reads and writes; a Ctrl-C on one stops all after the same step.
         spread: How vectors of the state lie over processes, where they are not whole. Each
-            process then saves its own: see :mod:`curvlib.core.spread_files`. What a step that
+            process then saves its own: see :mod:`curvlib.core.ranks.spread_files`. What a step that
             raises leaves is of use where it has raised on all of them.
         parts: What else ranks hold parts of. One file has it whole, gathered while it is written,
             by all ranks together: not where a step raises.

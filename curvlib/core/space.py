@@ -19,7 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 #: What selects parameters: globs on their names, modules, or the tensors themselves.
 ParamSelection = str | nn.Module | Tensor | Iterable[str | nn.Module | Tensor] | None

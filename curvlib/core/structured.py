@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
+from curvlib.core.eigenvalues import (
+    counted,
+    finite_tensor,
+    require_positive,
+    require_power,
+    require_regular,
+    summed,
+)
 from curvlib.core.operator import LinearOperator, Matmat, digest
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 
 class Diagonal(LinearOperator):
@@ -38,7 +47,7 @@ class Diagonal(LinearOperator):
     def __init__(
         self, values: Tensor, *, name: str = "diagonal", spread: Spread | None = None
     ) -> None:
-        values = _finite_tensor("values", values, 1, spread)
+        values = finite_tensor("values", values, 1, spread)
         n = values.numel() if spread is None else spread.size
         super().__init__(
             lambda V: values[:, None] * V,
@@ -46,7 +55,7 @@ class Diagonal(LinearOperator):
             dtype=values.dtype,
             device=values.device,
             symmetric=True,
-            psd=not _count(values < 0, spread),
+            psd=not counted(values < 0, spread),
             name=name,
             identity=lambda: self.digest([values]),
             group=None if spread is None else spread.group,
@@ -69,8 +78,8 @@ class Diagonal(LinearOperator):
         Raises:
             RuntimeError: If an entry of the damped diagonal is zero.
         """
-        shifted = self.values + _damping(damping)
-        _require_regular(self, shifted, damping, self.spread)
+        shifted = self.values + finite_number("damping", damping)
+        require_regular(self, shifted, damping, self.spread)
         return on_columns(self, x, lambda V: V / shifted[:, None])
 
     def power(self, p: float) -> Diagonal:
@@ -79,18 +88,18 @@ class Diagonal(LinearOperator):
         Raises:
             RuntimeError: If a power of an entry is not real, or not finite.
         """
-        _require_power(self, self.values, p, self.spread)
+        require_power(self, self.values, p, self.spread)
         return Diagonal(self.values**p, name=f"({self.name})^{p:g}", spread=self.spread)
 
     def inverse(self, damping: float = 0.0) -> Diagonal:
         r""":math:`(D + \text{damping}\, I)^{-1}`, again diagonal."""
-        shifted = self.values + _damping(damping)
-        _require_regular(self, shifted, damping, self.spread)
+        shifted = self.values + finite_number("damping", damping)
+        require_regular(self, shifted, damping, self.spread)
         return Diagonal(1.0 / shifted, name=f"({self.name})^-1", spread=self.spread)
 
     def trace(self) -> float:
         """The sum of the diagonal."""
-        return float(_summed(self.values.sum(dtype=torch.float64), self.spread))
+        return float(summed(self.values.sum(dtype=torch.float64), self.spread))
 
     def logdet(self, damping: float = 0.0) -> float:
         r""":math:`\log \det (D + \text{damping}\, I)`.
@@ -98,9 +107,9 @@ class Diagonal(LinearOperator):
         Raises:
             RuntimeError: If an entry of the damped diagonal is not positive.
         """
-        shifted = self.values.double() + _damping(damping)
-        _require_positive(self, shifted, damping, self.spread)
-        return float(_summed(shifted.log().sum(), self.spread))
+        shifted = self.values.double() + finite_number("damping", damping)
+        require_positive(self, shifted, damping, self.spread)
+        return float(summed(shifted.log().sum(), self.spread))
 
 
 class LowRankPlusShift(LinearOperator):
@@ -144,7 +153,7 @@ class LowRankPlusShift(LinearOperator):
         name: str = "low rank",
         spread: Spread | None = None,
     ) -> None:
-        values = _finite_tensor("values", values, 1)
+        values = finite_tensor("values", values, 1)
         offset = finite_number("shift", shift)
         eigenvalues = values.detach().cpu().double() + offset
         self._build(vectors, eigenvalues, offset, name, spread, check=True)
@@ -160,7 +169,7 @@ class LowRankPlusShift(LinearOperator):
         spread: Spread | None = None,
     ) -> LowRankPlusShift:
         """The same, from the eigenvalues ``v + s`` themselves: nothing cancels for small ones."""
-        eigenvalues = _finite_tensor("eigenvalues", eigenvalues, 1)
+        eigenvalues = finite_tensor("eigenvalues", eigenvalues, 1)
         out = cls.__new__(cls)
         number = finite_number("offset", offset)
         own = eigenvalues.detach().cpu().double()
@@ -177,7 +186,7 @@ class LowRankPlusShift(LinearOperator):
         *,
         check: bool,
     ) -> None:
-        vectors = _finite_tensor("vectors", vectors, 2, spread)
+        vectors = finite_tensor("vectors", vectors, 2, spread)
         n, k = vectors.shape
         n = n if spread is None else spread.size
         if k > n or eigenvalues.shape != (k,):
@@ -186,7 +195,7 @@ class LowRankPlusShift(LinearOperator):
                 f"{list(eigenvalues.shape)}"
             )
         if check and k:
-            gram = _summed((vectors.mT @ vectors).double().cpu(), spread)
+            gram = summed((vectors.mT @ vectors).double().cpu(), spread)
             error = float((gram - torch.eye(k, dtype=torch.float64)).abs().max())
             if not error <= 10 * math.sqrt(torch.finfo(vectors.dtype).eps):
                 raise ValueError(
@@ -220,14 +229,14 @@ class LowRankPlusShift(LinearOperator):
     def _apply(self, V: Tensor, eigenvalues: Tensor, offset: float) -> Tensor:
         """``U diag(eigenvalues) U.T V + offset (I - U U.T) V``, without cancellation."""
         U = self.vectors
-        coefficients = _summed(U.mT @ V, self.spread)
+        coefficients = summed(U.mT @ V, self.spread)
         inside = eigenvalues[:, None].to(V) * coefficients
         if offset == 0.0 or U.shape[1] == self.shape[0]:
             return U @ inside
         if bool((eigenvalues.abs() >= abs(offset)).all()):
             return torch.addmm(offset * V, U, inside - offset * coefficients)
         rest = V - U @ coefficients
-        rest = rest - U @ _summed(
+        rest = rest - U @ summed(
             U.mT @ rest, self.spread
         )  # what rounding left in the span would be magnified
         return torch.addmm(offset * rest, U, inside)
@@ -258,8 +267,8 @@ class LowRankPlusShift(LinearOperator):
         Raises:
             RuntimeError: If the damped operator is singular.
         """
-        damping = _damping(damping)
-        _require_regular(self, self._distinct(damping), damping)
+        damping = finite_number("damping", damping)
+        require_regular(self, self._distinct(damping), damping)
         values, rest = self.eigenvalues + damping, self.offset + damping
         outside = 0.0 if rest == 0.0 else 1.0 / rest  # zero only where U is a full basis
         return on_columns(self, x, lambda V: self._apply(V, 1.0 / values, outside))
@@ -270,15 +279,15 @@ class LowRankPlusShift(LinearOperator):
         Raises:
             RuntimeError: If a power of an eigenvalue is not real, or not finite.
         """
-        _require_power(self, self._distinct(0.0), p)
+        require_power(self, self._distinct(0.0), p)
         full = len(self.eigenvalues) == self.shape[0]
         rest = 0.0 if full else self.offset**p
         return self._same(self.eigenvalues**p, rest, f"({self.name})^{p:g}")
 
     def inverse(self, damping: float = 0.0) -> LowRankPlusShift:
         r""":math:`(A + \text{damping}\, I)^{-1}`, of the same kind."""
-        damping = _damping(damping)
-        _require_regular(self, self._distinct(damping), damping)
+        damping = finite_number("damping", damping)
+        require_regular(self, self._distinct(damping), damping)
         full = len(self.eigenvalues) == self.shape[0]
         rest = 0.0 if full else 1.0 / (self.offset + damping)
         return self._same(1.0 / (self.eigenvalues + damping), rest, f"({self.name})^-1")
@@ -294,8 +303,8 @@ class LowRankPlusShift(LinearOperator):
         Raises:
             RuntimeError: If an eigenvalue of the damped operator is not positive.
         """
-        damping = _damping(damping)
-        _require_positive(self, self._distinct(damping), damping)
+        damping = finite_number("damping", damping)
+        require_positive(self, self._distinct(damping), damping)
         outside = self.shape[0] - len(self.eigenvalues)
         rest = math.log(self.offset + damping) if outside else 0.0
         return float((self.eigenvalues + damping).log().sum()) + outside * rest
@@ -313,98 +322,3 @@ def damped_solve(op: Any, columns: Tensor, damping: float) -> Tensor:
     settings = {"relative": False} if getattr(op, "relative_damping", False) else {}
     out: Tensor = op.solve(columns, damping=damping, **settings)
     return out
-
-
-def _summed(numbers: Tensor, spread: Spread | None) -> Tensor:
-    return numbers if spread is None else spread.sum(numbers)
-
-
-def _count(marked: Tensor, spread: Spread | None) -> int:
-    """How many entries of a mask are true, here and on the other ranks."""
-    return int(_summed(marked.sum(), spread))
-
-
-def _least(values: Tensor, spread: Spread | None) -> float:
-    own = float(values.min()) if values.numel() else math.inf
-    return own if spread is None else -spread.most(-own)
-
-
-def _finite_tensor(name: str, values: Any, ndim: int, spread: Spread | None = None) -> Tensor:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"expected a torch.Tensor for {name}, got {type(values).__name__}")
-    if values.ndim != ndim:
-        raise ValueError(f"expected {name} with {ndim} dimension(s), got {list(values.shape)}")
-    if values.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected {name} in float32 or float64, got {values.dtype}")
-    count = values.numel()
-    if spread is not None:
-        if len(values) != spread.length:
-            raise ValueError(
-                f"expected this process's {spread.length} rows of {name}, got {list(values.shape)}"
-            )
-        count = spread.size * (count // max(spread.length, 1))
-    bad = _count(~torch.isfinite(values), spread)
-    if bad:
-        raise ValueError(f"{bad} of {count} entries of {name} are NaN or infinite")
-    return values
-
-
-def finite_number(name: str, value: Any) -> float:
-    """A finite number from what a caller gave for ``name``, as a float.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"expected a number for {name}, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number for {name}, got {value}")
-    return float(value)
-
-
-def _damping(value: Any) -> float:
-    return finite_number("damping", value)
-
-
-def _require_regular(
-    op: LinearOperator, values: Tensor, damping: float, spread: Spread | None = None
-) -> None:
-    zero = _count(values == 0, spread)
-    if zero:
-        raise RuntimeError(
-            f"{op!r} with damping={damping:g} is singular: {zero} of its {values.numel()} distinct "
-            "eigenvalues are zero; pass a larger damping="
-        )
-
-
-def _require_positive(
-    op: LinearOperator, values: Tensor, damping: float, spread: Spread | None = None
-) -> None:
-    bad = _count(values <= 0, spread)
-    if bad:
-        least = _least(values, spread)
-        raise RuntimeError(
-            f"log det of {op!r} with damping={damping:g} needs positive eigenvalues, but "
-            f"{bad} are not, the least is {least:.3g}; pass damping > {damping - least:.3g}"
-        )
-
-
-def _require_power(
-    op: LinearOperator, values: Tensor, power: Any, spread: Spread | None = None
-) -> None:
-    p = finite_number("p", power)
-    negative = 0 if p.is_integer() else _count(values < 0, spread)
-    if negative:
-        least = _least(values, spread)
-        raise RuntimeError(
-            f"power {p:g} of {op!r} is not real: {negative} eigenvalues are negative, the "
-            f"least is {least:.3g}; use op.shift({-least:.3g}) or an integer power"
-        )
-    if p < 0:
-        zero = _count(values == 0, spread)
-        if zero:
-            raise RuntimeError(
-                f"power {p:g} of {op!r} is infinite: {zero} of its distinct eigenvalues are zero; "
-                "use op.shift(damping).power(p)"
-            )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.operator import LinearOperator
-from curvlib.core.spread import Spread
-from curvlib.core.structured import finite_number
+from curvlib.core.ranks.spread import Spread
 from curvlib.estimators.rows import finite_everywhere
 
 #: Conjugate gradients, MINRES, Neumann series, and the operator's own ``solve``.

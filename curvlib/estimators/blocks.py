@@ -17,9 +17,9 @@ from torch import Tensor
 
 from curvlib.core.algebra import Index, indices
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.spread import Spread
 from curvlib.core.result import Result
 from curvlib.core.space import ParamSpace
-from curvlib.core.spread import Spread
 from curvlib.estimators.cells import Cells, Piece, cell_shape, pieces, whole_cells
 from curvlib.estimators.intervals import t_quantiles
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 
 @dataclass(frozen=True)

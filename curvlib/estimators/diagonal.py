@@ -12,9 +12,9 @@ from torch import Tensor
 
 from curvlib.core.algebra import Index
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.spread import Spread
 from curvlib.core.result import Result
 from curvlib.core.run import Progress
-from curvlib.core.spread import Spread
 from curvlib.estimators import (
     leave_one_out,
     leave_one_out_diagonal,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.core.structured import LowRankPlusShift, damped_solve
 from curvlib.estimators.low_rank_inverse import inverse_rows
 from curvlib.estimators.rows import dots

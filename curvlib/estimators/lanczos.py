@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.estimators.probes import fill_normal
 from curvlib.estimators.rows import norms, summed
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.spread import Spread
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, Report, run
 from curvlib.core.space import ParamSpace
-from curvlib.core.spread import Spread
 from curvlib.core.structured import LowRankPlusShift
 from curvlib.estimators import adaptive_rank, fixed_rank
 from curvlib.estimators.adaptive_rank import Growth, GrowthState

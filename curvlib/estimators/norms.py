@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.operator import LinearOperator, as_operator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, run
-from curvlib.core.structured import finite_number
 from curvlib.estimators.arguments import require_counts
 from curvlib.estimators.eigenpairs import eigenpairs
 from curvlib.estimators.lanczos import power_of_two

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.estimators import lanczos
 from curvlib.estimators.probes import fill_probes
 from curvlib.estimators.rows import dots, largest, norms

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 Blocks = tuple[Tensor, ...]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.operator import LinearOperator
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.estimators.probes import fill_probes
 from curvlib.estimators.rows import all_finite, dots, extend, inner, norms, subtract, summed
 

@@ -19,8 +19,8 @@ from curvlib.influence.removal import RemovalCurve, removal_curve
 from curvlib.influence.result import InfluenceScores, SelfInfluence, TopInfluence
 from curvlib.influence.selection import DampingSelection, select_damping
 from curvlib.influence.store import ScoreMatrix
-from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
-from curvlib.operators.factored_damping import factored_damping
+from curvlib.operators.factors.factored_damping import factored_damping
+from curvlib.operators.scores.example_values import error_norms, example_losses, gradient_norms
 
 __all__ = [
     "LDS",

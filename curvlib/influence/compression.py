@@ -44,7 +44,7 @@ from curvlib.core.random import generator_of
 from curvlib.influence.low_rank import CHUNK, LowRankDirections, joined
 from curvlib.influence.metric import Metric
 from curvlib.influence.solved import Solved
-from curvlib.operators.query_directions import BlockDirections
+from curvlib.operators.scores.directions import BlockDirections
 
 #: The rank that adaptive compression tries first.
 _FIRST = 16

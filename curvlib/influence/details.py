@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlib.core.risk import Risk
 from curvlib.influence.directions import Directions
-from curvlib.operators.example_scores import BatchScores, example_scores
+from curvlib.operators.scores.example_scores import BatchScores, example_scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Preconditioned gradients of queries, as directions that training examples are multiplied by.
 
-The protocol of directions and its dense body are in :mod:`curvlib.operators.query_directions`,
+The protocol of directions and its dense body are in :mod:`curvlib.operators.scores.directions`,
 since the scan over data knows it; the low-rank body is in :mod:`curvlib.influence.low_rank`.
 """
 
@@ -14,8 +14,8 @@ import torch
 from curvlib.core.risk import Risk
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.solved import Solved, Solver
-from curvlib.operators.example_rows import ExampleRows, example_rows
-from curvlib.operators.query_directions import BlockDirections, DenseDirections
+from curvlib.operators.scores.directions import BlockDirections, DenseDirections
+from curvlib.operators.scores.example_rows import ExampleRows, example_rows
 
 __all__ = [
     "BlockDirections",

@@ -1,8 +1,8 @@
 r"""Directions of K-FAC that are low-rank exactly, without any decomposition of them.
 
 Where the damped block is a Kronecker product :math:`L \otimes R` (undamped K-FAC, or
-:func:`~curvlib.operators.factored_damping.factored_damping`), the direction of a query with the
-gradient :math:`\sum_t g_t a_t^\top` is
+:func:`~curvlib.operators.factors.factored_damping.factored_damping`), the direction of a query with
+the gradient :math:`\sum_t g_t a_t^\top` is
 
 .. math:: L^{-1} \Bigl(\sum_t g_t a_t^\top\Bigr) R^{-1}
           = \sum_{t \le T} (L^{-1} g_t) (R^{-1} a_t)^\top ,
@@ -25,8 +25,8 @@ from curvlib.influence.directions import MEMORY, BlockDirections, Keep
 from curvlib.influence.low_rank import LowRankDirections
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.solved import Solver
-from curvlib.operators.example_rows import ExampleRows, example_rows
-from curvlib.operators.factored_damping import factor_eigenvalues
+from curvlib.operators.factors.factored_damping import factor_eigenvalues
+from curvlib.operators.scores.example_rows import ExampleRows, example_rows
 
 #: Eigenvalues of both factors of a block, and the block.
 _Factored = tuple[KroneckerBlock, Tensor, Tensor]

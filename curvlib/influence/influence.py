@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.group import together
 from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.ranks.group import together
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection
@@ -46,7 +46,7 @@ from curvlib.influence.queries import Queries, query_risk, risk_on
 from curvlib.influence.result import SIGN, InfluenceScores, SelfInfluence, TopInfluence
 from curvlib.influence.scan import Scan, inverse
 from curvlib.influence.self_scores import self_products
-from curvlib.operators.known_examples import known_examples
+from curvlib.operators.scores.known_examples import known_examples
 
 
 class Influence:

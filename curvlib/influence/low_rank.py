@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.operators.query_directions import (
+from curvlib.operators.scores.directions import (
     BlockDirections,
     DenseDirections,
     by_gradients,

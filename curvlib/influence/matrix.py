@@ -24,8 +24,8 @@ from curvlib.influence.parts import whole_part
 from curvlib.influence.queries import Queries, query_risk, risk_on
 from curvlib.influence.recall import Recall, recall
 from curvlib.influence.store import Piece, ScoreMatrix, write_scores
-from curvlib.operators.example_scores import example_scores
-from curvlib.operators.known_examples import known_examples
+from curvlib.operators.scores.example_scores import example_scores
+from curvlib.operators.scores.known_examples import known_examples
 
 Measurement = Callable[[Any, Any], Tensor]
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group
-from curvlib.core.rank_passes import RankPass, run_passes
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.rank_passes import RankPass, run_passes
+from curvlib.core.ranks.watch import telling, watching
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
-from curvlib.core.watch import telling, watching
 from curvlib.influence.details import Details
 from curvlib.influence.scan import Scan, ScanState, ranked
 from curvlib.operators.batch_examples import example_count

@@ -1,6 +1,6 @@
 r"""What a computation of influence takes, before it starts: work and memory of each phase.
 
-Of the fit: see :mod:`curvlib.operators.kfac_plan`, whose letters these are. With ``Q`` queries:
+Of the fit: see :mod:`curvlib.operators.factors.plan`, whose letters these are. With ``Q`` queries:
 
 =============  ====================================================  ==========================
 phase          multiplications and additions of a layer              keeps
@@ -32,15 +32,15 @@ from curvlib.core.plan import Phase, Plan, Ranks
 from curvlib.core.risk import Risk
 from curvlib.influence.directions import MEMORY
 from curvlib.influence.scan import SAMPLE
-from curvlib.operators.kfac_plan import (
+from curvlib.operators.factors.plan import (
     dense_sides,
     fit_phases,
     fit_settings,
     one_pass,
     rows_bytes,
 )
-from curvlib.operators.layer_shapes import LayerShape
-from curvlib.operators.query_directions import CHUNK, formed
+from curvlib.operators.layers.shapes import LayerShape
+from curvlib.operators.scores.directions import CHUNK, formed
 
 
 def plan(
@@ -65,7 +65,7 @@ def plan(
     """The plan of a fit and a scan, on each rank.
 
     Args:
-        layers: Shapes: :func:`curvlib.operators.layer_shapes.layer_shapes` reads them.
+        layers: Shapes: :func:`curvlib.operators.layers.shapes.layer_shapes` reads them.
         examples: ``N``.
         queries: ``Q``.
         batch_size: Training examples of a batch.

@@ -38,7 +38,7 @@ from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.estimators.solve import solve
 from curvlib.operators.bregman import BregmanObjective, Term
-from curvlib.operators.example_values import example_losses
+from curvlib.operators.scores.example_values import example_losses
 
 
 @dataclass(frozen=True, eq=False, repr=False)

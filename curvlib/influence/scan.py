@@ -20,7 +20,7 @@ from curvlib.core.data import batch_count
 from curvlib.core.risk import Risk
 from curvlib.core.run import Report
 from curvlib.influence.directions import Directions
-from curvlib.operators.example_scores import BatchScores, example_scores
+from curvlib.operators.scores.example_scores import BatchScores, example_scores
 
 #: Examples whose scores are kept as a sample of all.
 SAMPLE = 1024

@@ -1,8 +1,8 @@
 r"""Influence of examples on themselves, :math:`g_n^\top (H + \lambda I)^{-1} g_n`.
 
 Layer by layer where the curvature is diagonal in an eigenbasis of Kronecker factors (K-FAC, EK-FAC,
-a diagonal, the identity): see :mod:`curvlib.operators.example_squares`. For any other operator by
-its own solve, with the flat gradients of some examples at a time.
+a diagonal, the identity): see :mod:`curvlib.operators.scores.example_squares`. For any other
+operator by its own solve, with the flat gradients of some examples at a time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
+from curvlib.core.ranks.spread_blocks import SpreadBlock
 from curvlib.core.risk import Risk
-from curvlib.core.spread_blocks import SpreadBlock
 from curvlib.core.structured import Diagonal
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.spread_queries import inverse_blocks
-from curvlib.operators.example_scores import example_gradients_by_layers
-from curvlib.operators.example_squares import Metrics, example_squares
-from curvlib.operators.score_blocks import score_blocks
+from curvlib.operators.scores.blocks import score_blocks
+from curvlib.operators.scores.example_scores import example_gradients_by_layers
+from curvlib.operators.scores.example_squares import Metrics, example_squares
 
 #: Bytes that flat gradients of examples may take.
 MEMORY = 2**28

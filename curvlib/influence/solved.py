@@ -23,10 +23,10 @@ from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.risk import Risk
 from curvlib.influence.metric import Metric, metric_of
 from curvlib.influence.preconditioner import Preconditioner
-from curvlib.operators.example_rows import ExampleRows
-from curvlib.operators.kfac_squares import rotated
-from curvlib.operators.query_directions import DenseDirections
-from curvlib.operators.score_blocks import flat_rows, score_blocks
+from curvlib.operators.factors.squares import rotated
+from curvlib.operators.scores.blocks import flat_rows, score_blocks
+from curvlib.operators.scores.directions import DenseDirections
+from curvlib.operators.scores.example_rows import ExampleRows
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from curvlib.core.kronecker import Kronecker
+from curvlib.core.ranks.spread_blocks import Cut, SpreadBlock, cut_of
 from curvlib.core.risk import Risk
-from curvlib.core.spread_blocks import Cut, SpreadBlock, cut_of
 from curvlib.influence.preconditioner import Preconditioner
-from curvlib.operators.query_directions import CHUNK
-from curvlib.operators.score_blocks import ScoreBlock, score_blocks
-from curvlib.operators.score_passes import GradientPass, GradientPasses
-from curvlib.operators.score_rows import matrices, terms
-from curvlib.operators.spread_directions import SpreadDirections
+from curvlib.operators.scores.blocks import ScoreBlock, score_blocks
+from curvlib.operators.scores.directions import CHUNK
+from curvlib.operators.scores.passes import GradientPass, GradientPasses
+from curvlib.operators.scores.rows import matrices, terms
+from curvlib.operators.scores.spread_directions import SpreadDirections
 
 
 def spread_directions(

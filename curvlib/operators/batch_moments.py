@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.group import Group, GroupChoice, together
+from curvlib.core.ranks.group import Group, GroupChoice, together
 from curvlib.core.risk import Risk
 
 

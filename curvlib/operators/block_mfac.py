@@ -28,10 +28,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.block_diagonal import BlockDiagonal
 from curvlib.core.block_stacks import CHUNK, MatrixStack, Stack
 from curvlib.core.partition import Partition
-from curvlib.core.structured import finite_number
 from curvlib.operators.held_out import EVERY, held_out_damping
 from curvlib.operators.moments import Moments, mean_diagonals, second_moments
 from curvlib.operators.row_stack import RowStack

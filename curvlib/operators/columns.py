@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.watch import failed_alike
 from curvlib.core.space import ParamSpace
-from curvlib.core.watch import failed_alike
 
 #: Columns that are done at once at most: more saves no work, and memory stays bounded.
 MAX_COLUMNS = 16

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from curvlib.core.ranks.dtensors import plain_type
 from curvlib.core.result import Result
-from curvlib.core.sharded import plain_type
 
 
 @dataclass(frozen=True, eq=False, repr=False)

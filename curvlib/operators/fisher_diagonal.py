@@ -2,9 +2,10 @@ r"""The diagonal of a Fisher matrix, exactly: sums of squares of per-example gra
 
 .. math:: d = \frac1W \sum_{n,k} (g_{nk})^{\circ 2}
 
-over the directions ``k`` of :mod:`curvlib.operators.kfac_targets`, with the total weight ``W`` of
-the loss terms: the diagonal of ``curvlib.fisher(risk, kind)``, hence of ``curvlib.ggn(risk)`` for
-``"type2"``. It takes one pass over the data, with as many backward passes as there are directions.
+over the directions ``k`` of :mod:`curvlib.operators.factors.targets`, with the total weight ``W``
+of the loss terms: the diagonal of ``curvlib.fisher(risk, kind)``, hence of ``curvlib.ggn(risk)``
+for ``"type2"``. It takes one pass over the data, with as many backward passes as there are
+directions.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.joined import gathered
+from curvlib.core.ranks.joined import gathered
 from curvlib.core.risk import Risk
 from curvlib.core.structured import Diagonal
-from curvlib.operators import kfac_squares
 from curvlib.operators.batch_examples import example_count
-from curvlib.operators.kfac_targets import Direction, directions, require_kind
-from curvlib.operators.layer_uses import Pass
-from curvlib.operators.score_blocks import ScoreBlock, flat_rows, score_blocks
-from curvlib.operators.score_passes import GradientPass, GradientPasses
-from curvlib.operators.score_rows import chunks, matrices, terms
+from curvlib.operators.factors import squares as kfac_squares
+from curvlib.operators.factors.targets import Direction, directions, require_kind
+from curvlib.operators.layers.uses import Pass
+from curvlib.operators.scores.blocks import ScoreBlock, flat_rows, score_blocks
+from curvlib.operators.scores.passes import GradientPass, GradientPasses
+from curvlib.operators.scores.rows import chunks, matrices, terms
 
 #: Outputs of an example up to which the exact Fisher matrix is affordable.
 AFFORDABLE = 64

@@ -34,11 +34,11 @@ from torch.overrides import TorchFunctionMode
 from curvlib.core.batch import Batch
 from curvlib.core.chunked_logits import Logits
 from curvlib.core.exhausted import is_exhausted
-from curvlib.core.group import Group
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.group import Group
 from curvlib.core.risk import Risk
+from curvlib.operators.captured.compiled import Compile, CompiledProduct
 from curvlib.operators.columns import batched_quietly, derivative, pieces
-from curvlib.operators.compiled import Compile, CompiledProduct
 from curvlib.operators.graphs import GraphCache, once_differentiable
 from curvlib.operators.head_curvature import ChunkCurvature, HeadProduct
 from curvlib.operators.loss_hessian import Curvature, tensor_output
@@ -83,7 +83,8 @@ def gauss_newton(
         memory: Bytes for kept graphs and for columns that are done at once.
         identity: What distinguishes this operator, beside the risk.
         rebuild: The same operator of another risk.
-        compile: Whether products run as captured graphs: see :mod:`curvlib.operators.compiled`.
+        compile: Whether products run as captured graphs: see
+            :mod:`curvlib.operators.captured.compiled`.
         before: Called before each pass over the data, with the risk.
     """
     if memory < 0:
@@ -254,7 +255,7 @@ class _Product:
 def _form(
     curvature: Callable[[Batch, Tensor], Curvature], batch: Batch, leaves: list[Tensor]
 ) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
-    """The product of one batch, to be captured: see :mod:`curvlib.operators.compiled`.
+    """The product of one batch, to be captured: see :mod:`curvlib.operators.captured.compiled`.
 
     By the reverse route: of what it computes, a captured graph keeps the two Jacobian products.
     """

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from curvlib.core.operator import LinearOperator
 from curvlib.core.risk import Risk
-from curvlib.operators.compiled import Compile
+from curvlib.operators.captured.compiled import Compile
 from curvlib.operators.gauss_newton import gauss_newton
 from curvlib.operators.head_curvature import expected_chunks
 from curvlib.operators.hessian import MEMORY

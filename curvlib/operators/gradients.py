@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlib.core.batch import Batch
 from curvlib.core.examples import batch_of_one, chosen_examples, require_independent
 from curvlib.core.exhausted import is_exhausted, names_what_fits
+from curvlib.core.ranks.turns import in_turns
 from curvlib.core.risk import Risk
-from curvlib.core.turns import in_turns
 from curvlib.operators.columns import batched_quietly
 
 
@@ -38,7 +38,7 @@ def gradients(risk: Risk, *, block: int = 64) -> Iterator[Tensor]:
     Yields:
         Rows ``[n, P]`` with ``n <= block``. Divide by ``risk.weight()`` for terms of the mean. In a
         process group, every rank gets the rows of all, and computes those of its shard: see
-        :mod:`curvlib.core.turns` for the traffic.
+        :mod:`curvlib.core.ranks.turns` for the traffic.
 
     Raises:
         ValueError: If ``block`` is not positive, a batch cannot be split into examples, or

@@ -27,10 +27,10 @@ from curvlib.core.check import central_difference
 from curvlib.core.exhausted import is_exhausted
 from curvlib.core.normalization import PrimitiveNorms
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.watch import NoAnswerError
 from curvlib.core.risk import Risk
-from curvlib.core.watch import NoAnswerError
+from curvlib.operators.captured.compiled import Compile, CompiledProduct
 from curvlib.operators.columns import derivative, pieces
-from curvlib.operators.compiled import Compile, CompiledProduct
 from curvlib.operators.graphs import GraphCache, once_differentiable
 
 #: Default budget, in bytes, for graphs that are kept and for columns that are done at once.
@@ -178,7 +178,7 @@ class _Product:
 
 
 def _form(batch: Batch, leaves: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
-    """The product of one batch, to be captured: see :mod:`curvlib.operators.compiled`."""
+    """The product of one batch, to be captured: see :mod:`curvlib.operators.captured.compiled`."""
     value = batch.total(batch.output())
     gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:  # a block of parameters may not be used

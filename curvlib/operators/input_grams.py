@@ -35,13 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.group import Group
 from curvlib.core.owners import Owners
+from curvlib.core.ranks.group import Group
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
-from curvlib.operators.layer_inputs import Layer, input_rows, layer_of, positions
-from curvlib.operators.row_masks import Mask, mask_at, row_mask
-from curvlib.operators.weight_uses import WeightUses
+from curvlib.operators.layers.inputs import Layer, input_rows, layer_of, positions
+from curvlib.operators.layers.row_masks import Mask, mask_at, row_mask
+from curvlib.operators.layers.weight_uses import WeightUses
 
 #: Bytes of a chunk of rows.
 CHUNK = 64 * 2**20

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from curvlib.core.batch import Batch
-from curvlib.core.group import together
-from curvlib.core.joined import gathered
 from curvlib.core.operator import LinearOperator
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.joined import gathered
 from curvlib.core.risk import Risk
 from curvlib.operators.columns import derivative, pieces
 from curvlib.operators.gauss_newton import tangents_of

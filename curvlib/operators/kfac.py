@@ -29,29 +29,29 @@ import torch
 from torch import Tensor
 
 from curvlib.core.files import read_record, write_record
-from curvlib.core.group import together
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock
 from curvlib.core.linear_cross_entropy import needs_logits
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.spread_blocks import SpreadBlock
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress
 from curvlib.core.space import ParamSelection, ParamSpace
-from curvlib.core.spread_blocks import SpreadBlock
 from curvlib.operators.coverage import Coverage, coverage_of
-from curvlib.operators.kfac_files import (
+from curvlib.operators.factors.files import (
     loaded_blocks,
     loaded_space,
     saved_blocks,
     saved_space,
 )
-from curvlib.operators.kfac_fit import Fit, fitted
-from curvlib.operators.kfac_in_step import SteppedFit
-from curvlib.operators.kfac_layers import factored_layers
-from curvlib.operators.kfac_prefix import prefix_batches
-from curvlib.operators.kfac_state import FitSettings, FitState
-from curvlib.operators.kfac_targets import require_kind
-from curvlib.operators.layer_parameters import whole_parameters
-from curvlib.operators.row_masks import Mask
+from curvlib.operators.factors.fit import Fit, fitted
+from curvlib.operators.factors.in_step import SteppedFit
+from curvlib.operators.factors.prefix import prefix_batches
+from curvlib.operators.factors.state import FitSettings, FitState
+from curvlib.operators.factors.targets import require_kind
+from curvlib.operators.layers.factored import factored_layers
+from curvlib.operators.layers.parameters import whole_parameters
+from curvlib.operators.layers.row_masks import Mask
 
 _SHARING = ("expand", "reduce")
 _REST = ("exclude", "diagonal")
@@ -246,14 +246,14 @@ def kfac(
     dilation, every padding), ``Embedding``, ``LayerNorm``, ``RMSNorm``, ``GroupNorm``,
     ``BatchNorm`` (in eval mode) and Hugging Face's ``Conv1D``; of ``LSTM``, ``GRU``, ``RNN`` and
     their cells, through their gates, and of the projections of ``MultiheadAttention``, which are
-    run again step by step (:mod:`curvlib.operators.hidden_maps`). Weights that are shared, and
-    modules that are called several times, count with the sum of all uses. What is not covered is
-    listed with its reason: see :meth:`KFAC.coverage`.
+    run again step by step (:mod:`curvlib.operators.layers.hidden_maps`). Weights that are shared,
+    and modules that are called several times, count with the sum of all uses. What is not covered
+    is listed with its reason: see :meth:`KFAC.coverage`.
 
     Args:
         risk: Model, loss, data and parameters. Examples must be independent, which is checked.
             Parameters may be sharded: then each rank holds rows of the operator
-            (:mod:`curvlib.core.spread_blocks`).
+            (:mod:`curvlib.core.ranks.spread_blocks`).
         eigen_corrected: Whether to fit corrected eigenvalues, too, in a second pass.
         fisher: ``"type2"``, exact: a backward pass for each of an example's outputs. ``"mc"``: one
             for each of the ``samples``, with targets drawn from the model's own predictions (for

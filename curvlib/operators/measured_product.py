@@ -17,7 +17,7 @@ from curvlib.core.product_cost import ProductCost
 from curvlib.core.risk import Risk
 from curvlib.operators.batch_examples import example_count
 from curvlib.operators.hessian import MEMORY
-from curvlib.operators.known_examples import known_examples
+from curvlib.operators.scores.known_examples import known_examples
 
 
 def measured_product(

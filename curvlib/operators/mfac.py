@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from curvlib.core.ranks.turns import AHEAD
 from curvlib.core.risk import Risk
 from curvlib.core.space import ParamSpace
-from curvlib.core.turns import AHEAD
 from curvlib.operators.mfac_operator import ACCURACY, MFAC
-from curvlib.operators.window import Window
-from curvlib.operators.window_arguments import require_size
-from curvlib.operators.window_parts import Parts, part_sizes
+from curvlib.operators.windows.arguments import require_size
+from curvlib.operators.windows.parts import Parts, part_sizes
+from curvlib.operators.windows.window import Window
 
 if TYPE_CHECKING:
     from curvlib.operators.block_mfac import BlockMFAC

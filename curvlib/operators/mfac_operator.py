@@ -1,6 +1,6 @@
 r"""M-FAC: the inverse of a Fisher matrix that a window of gradients spans, in :math:`O(P m)`.
 
-With the ``c`` rows ``G`` that a :class:`~curvlib.operators.window.Window` holds,
+With the ``c`` rows ``G`` that a :class:`~curvlib.operators.windows.window.Window` holds,
 
 .. math:: F = \lambda I + \tfrac1c G^\top G, \qquad K = \lambda c\, I + G G^\top,
 
@@ -16,7 +16,7 @@ one factorization, and ``X = L^{-1} G`` gives
 :math:`[F^{-1}]_{pq} = (\delta_{pq} - X_{:p}^\top X_{:q}) / \lambda`.
 
 The small side is in float64, and so are passes over the window for ill-conditioned solves, which
-makes these right and the others fast: see :mod:`curvlib.operators.window_solve`.
+makes these right and the others fast: see :mod:`curvlib.operators.windows.solve`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.operator import LinearOperator, digest
 from curvlib.core.space import ParamSpace
-from curvlib.core.structured import finite_number, on_columns
-from curvlib.operators import window_elements, window_solve
-from curvlib.operators.window import Window
-from curvlib.operators.window_system import System, eigenvalues
-from curvlib.operators.window_systems import Systems, checked_more, checked_positive
+from curvlib.core.structured import on_columns
+from curvlib.operators.windows import elements as window_elements
+from curvlib.operators.windows import solve as window_solve
+from curvlib.operators.windows.system import System, eigenvalues
+from curvlib.operators.windows.systems import Systems, checked_more, checked_positive
+from curvlib.operators.windows.window import Window
 
 F64 = torch.float64
 

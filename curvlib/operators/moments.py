@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.block_stacks import CHUNK
-from curvlib.core.group import Group
 from curvlib.core.partition import Partition
+from curvlib.core.ranks.group import Group
 from curvlib.operators.rows import RowDraw
 
 #: Rows that are accumulated at once, and the bytes that they may take.

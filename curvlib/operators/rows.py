@@ -30,10 +30,10 @@ from torch import Tensor
 from curvlib.core.batch import Batch
 from curvlib.core.examples import chosen_examples, require_independent
 from curvlib.core.exhausted import names_what_fits
-from curvlib.core.group import together
 from curvlib.core.random import generator_of
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.turns import AHEAD, added, in_turns
 from curvlib.core.risk import Risk
-from curvlib.core.turns import AHEAD, added, in_turns
 from curvlib.operators.gradients import (
     example_gradients,
     example_loss,
@@ -78,8 +78,8 @@ def gradient_rows(
         An iterator over rows ``[n, P]`` with ``n <= block``, in the risk's vector dtype. In a
         process group they are those of one process, on every rank: each computes the gradients
         of its own examples and sends them, ``count * P / R`` numbers (see
-        :mod:`curvlib.core.turns`), or sums of them, ``2 * count * P * (R - 1) / R`` numbers, for
-        micro-batches.
+        :mod:`curvlib.core.ranks.turns`), or sums of them, ``2 * count * P * (R - 1) / R`` numbers,
+        for micro-batches.
 
     Raises:
         RuntimeError: If another rank failed.

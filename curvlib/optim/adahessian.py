@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.core.sharded import UNFOLLOWED
+from curvlib.core.ranks.places import UNFOLLOWED
 from curvlib.optim import arguments
 from curvlib.optim.gradients import Gradients
 from curvlib.optim.probed import probed_products

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.random import generator_of
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 from curvlib.estimators.probes import fill_probes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.dtensors import slice_of
+from curvlib.core.ranks.dtensors import slice_of
 
 #: Of each group, gradients or ``None``.
 Gradients = list[list[Tensor | None]]

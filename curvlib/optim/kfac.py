@@ -4,7 +4,7 @@ Every ``factor_interval`` steps hooks note the inputs of layers, and the gradien
 that the user's own backward pass brings: no pass is added (``fisher="mc"`` adds one for sampled
 labels). Every ``inverse_interval`` steps the averaged factors are decomposed. In between, a step
 costs four small matrix products for each layer, and there are no hooks on the model. Formulas:
-:mod:`curvlib.optim.rules.kfac`; scale: :mod:`curvlib.operators.recorded`.
+:mod:`curvlib.optim.rules.kfac`; scale: :mod:`curvlib.operators.layers.recorded`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from curvlib.core.loss import read_loss
 from curvlib.operators.coverage import Coverage
-from curvlib.operators.layer_recorder import LayerRecorder
-from curvlib.operators.recorded import Recorded
+from curvlib.operators.layers.recorded import Recorded
+from curvlib.operators.layers.recorder import LayerRecorder
 from curvlib.optim import arguments
 from curvlib.optim.gradients import Gradients, finite
 from curvlib.optim.inner_steps import RULES, inner_steps

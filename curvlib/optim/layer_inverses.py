@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.operators.kfac_layers import FactoredLayer
-from curvlib.operators.layer_vectors import vectors as vectors_of
+from curvlib.operators.layers.factored import FactoredLayer
+from curvlib.operators.layers.vectors import vectors as vectors_of
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.rules.mkor import Inverse, init, norm_matched, preconditioned, update
 
@@ -177,7 +177,7 @@ def cost_of_steps(
         vectors: ``k``.
 
     Example:
-        >>> from curvlib.operators.layer_recorder import LayerRecorder
+        >>> from curvlib.operators.layers.recorder import LayerRecorder
         >>> (layer,) = LayerRecorder(torch.nn.Linear(99, 100), sink=print).layers
         >>> round(cost_of_steps([(layer, 1000.0)], interval=10, vectors=1), 3)
         1.067

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.space import ParamSpace
-from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.layers.factored import FactoredLayer
 
 
 class LayerPlaces:

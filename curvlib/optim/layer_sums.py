@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvlib.operators.kfac_factors import factors
-from curvlib.operators.kfac_layers import FactoredLayer
-from curvlib.operators.kfac_sums import (
+from curvlib.operators.factors.pairs import factors
+from curvlib.operators.factors.sums import (
     EigenvalueSums,
     Sums,
     add_gradients,
     add_inputs,
     factor_sums,
 )
-from curvlib.operators.layer_use import Uses
-from curvlib.operators.recorded import Recorded, factor_of_squares
+from curvlib.operators.layers.factored import FactoredLayer
+from curvlib.operators.layers.recorded import Recorded, factor_of_squares
+from curvlib.operators.layers.use import Uses
 from curvlib.optim.layer_curvature import LayerCurvature
 
 
@@ -121,7 +121,7 @@ def batch_curvature(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
     """Left and right factor, and corrected eigenvalues, of each layer that was called.
 
-    See :func:`~curvlib.operators.recorded.factor_of_squares` for the scale.
+    See :func:`~curvlib.operators.layers.recorded.factor_of_squares` for the scale.
     """
     scale = factor_of_squares(
         pending["terms"], sampled=sampled, sum_of_terms=sum_of_terms, ranks=ranks

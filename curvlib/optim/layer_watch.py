@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvlib.operators.coverage import Coverage, coverage_of
-from curvlib.operators.kfac_layers import FactoredLayer
-from curvlib.operators.layer_recorder import LayerRecorder
-from curvlib.operators.recorded import Recorded
+from curvlib.operators.layers.factored import FactoredLayer
+from curvlib.operators.layers.recorded import Recorded
+from curvlib.operators.layers.recorder import LayerRecorder
 from curvlib.optim.layer_places import LayerPlaces
 
 
@@ -22,7 +22,7 @@ class LayerWatch:
         model: The model.
         take: A method that takes each pass; its owner is not kept alive.
         unfit: Why a layer is of no use, or nothing.
-        options: Of :class:`~curvlib.operators.layer_recorder.LayerRecorder`.
+        options: Of :class:`~curvlib.operators.layers.recorder.LayerRecorder`.
 
     Attributes:
         layers: Layers of use, by name; none before a parameter has required a gradient.

@@ -6,7 +6,7 @@ the present one included, and the direction is
 .. math:: u = F^{-1} g, \qquad F = \lambda I + \tfrac1c G^\top G,
 
 from one small system in float64 and two passes over the window
-(:mod:`curvlib.operators.gradient_window`). The rule that makes a step of it, with the bound
+(:mod:`curvlib.operators.windows.gradient_window`). The rule that makes a step of it, with the bound
 :math:`g^\top F^{-1} g < m` behind ``trust``, is in :mod:`curvlib.optim.rules.mfac`.
 
 **The gradient is pushed before the solve**, as its authors do. That bounds the direction: along a
@@ -52,10 +52,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.core.dtensors import is_sharded
-from curvlib.core.spread import Spread
-from curvlib.operators.gradient_window import GradientWindow, Prepared, require_followed
-from curvlib.operators.window_arguments import require_dtype
+from curvlib.core.ranks.dtensors import is_sharded
+from curvlib.core.ranks.spread import Spread
+from curvlib.operators.windows.arguments import require_dtype
+from curvlib.operators.windows.gradient_window import GradientWindow, Prepared, require_followed
 from curvlib.optim.arguments import choice, count, flag, fraction, nonnegative, number, positive
 from curvlib.optim.gradients import Gradients
 from curvlib.optim.rules import mfac as rule

@@ -11,7 +11,7 @@ first-order optimizer (:mod:`curvlib.optim.rules.first_order`). Nothing runs a s
 mean input, so that :math:`R` is the identity but for one direction, and the mean gradient goes to
 zero, so that :math:`L` follows noise. ``statistic="signs"`` (the default) takes sums with random
 signs, whose outer products are unbiased estimates of the factors of K-FAC, of the same rank and at
-the same price (:mod:`curvlib.operators.layer_vectors`), and several of them in each update. On
+the same price (:mod:`curvlib.operators.layers.vectors`), and several of them in each update. On
 an autoencoder of digits, means gained nothing over plain SGD where signs halved the steps; over
 plain AdamW, means gained somewhat more than half of what signs did.
 
@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvlib.operators.coverage import Coverage
-from curvlib.operators.kfac_layers import FactoredLayer
-from curvlib.operators.layer_recorder import LayerRecorder
-from curvlib.operators.layer_vectors import Signs, row_sums, summable, zero_sums
-from curvlib.operators.recorded import Recorded
+from curvlib.operators.layers.factored import FactoredLayer
+from curvlib.operators.layers.recorded import Recorded
+from curvlib.operators.layers.recorder import LayerRecorder
+from curvlib.operators.layers.vectors import Signs, row_sums, summable, zero_sums
 from curvlib.optim import arguments
 from curvlib.optim.gradients import Gradients, finite
 from curvlib.optim.inner_steps import RULES, inner_steps

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.operators.kfac_layers import FactoredLayer
+from curvlib.operators.layers.factored import FactoredLayer
 from curvlib.optim.layer_curvature import LayerCurvature
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.rules.kfac import (

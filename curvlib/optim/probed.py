@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvlib.operators.live_loss import gradient_and_products
+from curvlib.operators.live.loss import gradient_and_products
 from curvlib.optim.draws import signs
 from curvlib.optim.shell import CurvatureOptimizer
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.core.group import Group, group_of
+from curvlib.core.ranks.group import Group, group_of
 
 
 def size_of(process_group: dist.ProcessGroup | None) -> int:

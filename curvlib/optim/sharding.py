@@ -6,9 +6,9 @@ What an optimizer does entry by entry it does on slices, and what it sums over e
 ranks.
 
 FSDP2's own hooks free parameters that a second derivative needs. A pass whose curvature is read
-goes through the model with them off (:mod:`curvlib.core.sharded`), so that ``torch.autograd.grad``
-by the slices gives sums over ranks, to any order; a ``MixedPrecisionPolicy`` is not applied then.
-All other passes are FSDP2's own.
+goes through the model with them off (:mod:`curvlib.core.ranks.sharded`), so that
+``torch.autograd.grad`` by the slices gives sums over ranks, to any order; a
+``MixedPrecisionPolicy`` is not applied then. All other passes are FSDP2's own.
 
 In ``state_dict()``, what is cut like a parameter is a ``DTensor`` too, so that
 ``torch.distributed.checkpoint`` writes each rank's slice, and any number of ranks reads them (into
@@ -25,10 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvlib.core.dtensors import is_fsdp, is_sharded, slice_of
-from curvlib.core.group import group_of
-from curvlib.core.sharded import UNFOLLOWED, Place, follow, gathering, place_of, places_of
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.dtensors import is_fsdp, is_sharded, slice_of
+from curvlib.core.ranks.group import group_of
+from curvlib.core.ranks.places import UNFOLLOWED, Place, follow, place_of, places_of
+from curvlib.core.ranks.sharded import gathering
+from curvlib.core.ranks.spread import Spread
 from curvlib.operators.graphs import ends_in, reentrant
 
 

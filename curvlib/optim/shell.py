@@ -45,7 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvlib.operators.live_loss import accumulate_gradient, require_live
+from curvlib.operators.live.loss import accumulate_gradient, require_live
 from curvlib.optim.arguments import flag
 from curvlib.optim.clock import Clock
 from curvlib.optim.gradients import (

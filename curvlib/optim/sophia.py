@@ -4,7 +4,7 @@ Every ``interval`` steps the diagonal of the curvature is estimated from the bat
 
 ``"gauss_newton"`` (Sophia-G)
     one backward pass from targets that the model itself draws: unbiased for the diagonal of the
-    GGN, and never negative (:mod:`curvlib.operators.live_fisher`). The likelihood and its
+    GGN, and never negative (:mod:`curvlib.operators.live.fisher`). The likelihood and its
     normalization are read from the graph of the loss, so that nothing but the loss is needed, and
     no batch size is to be set.
 ``"hutchinson"`` (Sophia-H)
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvlib.operators.live_fisher import sampled_root
+from curvlib.operators.live.fisher import sampled_root
 from curvlib.optim import arguments
 from curvlib.optim.gradients import Gradients
 from curvlib.optim.probed import probed_products

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from curvlib.core.group import Group, group_of
+from curvlib.core.ranks.group import Group, group_of
 from curvlib.operators.labels import SampledLabels
-from curvlib.operators.live_fisher import Uniform
+from curvlib.operators.live.fisher import Uniform
 from curvlib.optim.draws import stream
 
 _CPU = torch.device("cpu")

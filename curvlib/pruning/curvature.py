@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from curvlib.core.block_diagonal import BlockDiagonal
-from curvlib.core.group import together
 from curvlib.core.partition import Partition
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.turns import added
 from curvlib.core.risk import Risk
-from curvlib.core.turns import added
 from curvlib.estimators.diagonal import diagonal
 from curvlib.operators.block_mfac import BlockMFAC
 from curvlib.operators.hessian import hessian

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.random import generator_of
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
-from curvlib.core.structured import finite_number
 from curvlib.operators.perturbed import perturbed_values
 
 

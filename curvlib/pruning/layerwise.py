@@ -36,11 +36,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlib.core.arguments import finite_number
 from curvlib.core.block_diagonal import BlockDiagonal
 from curvlib.core.partition import Partition
 from curvlib.core.result import Result
 from curvlib.core.space import ParamSpace
-from curvlib.core.structured import finite_number
 from curvlib.operators.input_grams import InputGram
 from curvlib.pruning.patterns import Pattern, parse_pattern
 from curvlib.pruning.updates import joint_update

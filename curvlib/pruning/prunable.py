@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from curvlib.core.risk import Risk
 from curvlib.core.space import ParamSelection
-from curvlib.operators.layer_inputs import layer_of
+from curvlib.operators.layers.inputs import layer_of
 from curvlib.pruning.masks import Masks, unwrapped
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from curvlib.core.group import GroupChoice
+from curvlib.core.ranks.group import GroupChoice
 from curvlib.operators.batch_moments import batch_moments
 from curvlib.pruning.masks import unwrapped
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.group import Group
 from curvlib.core.minibatch import example_counts
 from curvlib.core.operator import LinearOperator
 from curvlib.core.random import generator_of
+from curvlib.core.ranks.group import Group
 from curvlib.core.risk import Risk
 from curvlib.operators.example_products import ExampleProducts, example_products
 from curvlib.rates.arguments import first_seed

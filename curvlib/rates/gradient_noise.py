@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlib.core.group import together
 from curvlib.core.minibatch import require_batch_size
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.turns import added
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk
 from curvlib.core.structured import Diagonal
-from curvlib.core.turns import added
 from curvlib.operators.gradients import shard_gradients
 from curvlib.rates.arguments import require_risk
 from curvlib.rates.spiked import effective_batch

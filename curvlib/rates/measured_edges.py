@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.group import together
 from curvlib.core.minibatch import minibatches, require_batch_size
+from curvlib.core.ranks.group import together
+from curvlib.core.ranks.turns import added
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
-from curvlib.core.turns import added
 from curvlib.estimators.arguments import require_counts
 from curvlib.rates.arguments import require_risk
 from curvlib.rates.edge import bracket, edge_of_brackets, require_grid

@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvlib.core.group import together
 from curvlib.core.minibatch import require_batch_size
 from curvlib.core.operator import LinearOperator
 from curvlib.core.random import generator_of
+from curvlib.core.ranks.group import together
 from curvlib.core.risk import Risk
 from curvlib.core.structured import Diagonal
 from curvlib.estimators.arguments import require_counts

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvlib.core.risk import Risk
 from curvlib.influence.page import Contents, Page
 from curvlib.influence.result import TopInfluence
-from curvlib.operators.example_contents import example_contents
+from curvlib.operators.scores.example_contents import example_contents
 from curvlib.report.files import number, write_command, write_numbers
 
 #: Queries and examples of each that the terminal shows.

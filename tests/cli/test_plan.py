@@ -7,7 +7,7 @@ import torch
 
 from curvlib.cli import main
 from curvlib.cli.common import target_risk
-from curvlib.core.group import Group
+from curvlib.core.ranks.group import Group
 
 TARGET = """
 import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvlib.core import bundles
-from curvlib.core.bundles import Bundle, bundled, gather
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
+from curvlib.core.ranks import bundles
+from curvlib.core.ranks.bundles import Bundle, bundled, gather
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
 
 F64 = torch.float64
 

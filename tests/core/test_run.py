@@ -70,7 +70,7 @@ def _saved(path: Path) -> int:
 
 # ---------------------------------------------------------------------- resuming
 def test_what_a_failed_run_left_in_part_is_removed(tmp_path: Path) -> None:
-    """Of processes that save alone: see :mod:`curvlib.core.spread_files`."""
+    """Of processes that save alone: see :mod:`curvlib.core.ranks.spread_files`."""
     for content in ({"rows": {"files": ["c.1-0of2", "c.1-1of2"]}}, {}):
         write_record(tmp_path / "c.stopped", "checkpoint", content)
         (tmp_path / "c.1-0of2").touch()

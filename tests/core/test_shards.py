@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from curvlib.core.content_numbers import mixed
 from curvlib.core.fingerprint import content_of
-from curvlib.core.shards import Part, part_of, shard
+from curvlib.core.ranks.shards import Part, part_of, shard
 
 
 def parts(data: Any, size: int) -> list[Any]:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from curvlib.core import spread as spread_module
-from curvlib.core.group import Group
-from curvlib.core.slices import Slices
-from curvlib.core.spread import Spread
-from curvlib.core.spread_files import put_together, taken_apart
+from curvlib.core.ranks import spread as spread_module
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.slices import Slices
+from curvlib.core.ranks.spread import Spread
+from curvlib.core.ranks.spread_files import put_together, taken_apart
 from curvlib.estimators.hutchpp import HutchppState
 from curvlib.estimators.krylov_state import KrylovState
 from curvlib.estimators.probes import LAWS, fill_normal, fill_probes

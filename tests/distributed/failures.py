@@ -172,7 +172,7 @@ def dies(rank: int, size: int, how: str) -> str:
 
 def mixed_devices(rank: int, size: int) -> str:
     """A backend that cannot send what is on this device."""
-    from curvlib.core import joined
+    from curvlib.core.ranks import joined
 
     risk = cl.Risk(net(), CE, uneven(rank, size))
     assert risk.group is not None

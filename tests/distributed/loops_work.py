@@ -12,9 +12,9 @@ from torch import nn
 import curvlib as cl
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.batch_moments import batch_moments
-from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
 from curvlib.operators.fisher_diagonal import affordable_fisher, fisher_diagonal
 from curvlib.operators.perturbed import perturbed_values
+from curvlib.operators.scores.example_values import error_norms, example_losses, gradient_norms
 from curvlib.pruning.flops import flops
 from tests.distributed.work import F64, net, the_risk, uneven, vectors
 

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import curvlib as cl
-from curvlib.core.group import Group
-from curvlib.operators.factored_damping import factored_damping
+from curvlib.core.ranks.group import Group
+from curvlib.operators.factors.factored_damping import factored_damping
 from tests.distributed.factored_work import Images, Words, images, part, seeded, words
 from tests.distributed.failures import message
 from tests.distributed.sharded_work import _state, mesh

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import curvlib as cl
-from curvlib.core.sharded import reshard
+from curvlib.core.ranks.places import reshard
 from curvlib.optim import KFAC, MFAC, MKOR, AdaHessian, NewtonCG, Sophia
 from curvlib.optim.shell import CurvatureOptimizer
 from tests.distributed.sharded_work import (

@@ -22,15 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import curvlib as cl
-from curvlib.core import spread
-from curvlib.core.group import Group, group_of
 from curvlib.core.operator import as_operator
-from curvlib.core.shards import part_of
+from curvlib.core.ranks import spread
+from curvlib.core.ranks.group import Group, group_of
+from curvlib.core.ranks.shards import part_of
 from curvlib.estimators.rows import extend, qr
 from curvlib.influence.refined import refined
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.mfac_operator import MFAC
-from curvlib.operators.window import Window
+from curvlib.operators.windows.window import Window
 from curvlib.rates.batch_sharpness import batch_sharpness
 from tests.cases import build
 from tests.distributed.work import F64, batches, net, uneven

@@ -10,8 +10,8 @@ import torch
 
 import curvlib as cl
 from curvlib.core.plan import Ranks
-from curvlib.operators.kfac_plan import fit_phases
-from curvlib.operators.layer_shapes import LayerShape
+from curvlib.operators.factors.plan import fit_phases
+from curvlib.operators.layers.shapes import LayerShape
 from tests.distributed import sharded_factors_work as work
 from tests.problems import error
 from tests.ranks import on_ranks

@@ -142,8 +142,8 @@ def test_a_column_of_ones_may_be_left_out(groups, rows, monkeypatch):
     for body in (low, DenseDirections(low.dense())):
         expected = body.contract_tokens(left, right).sum(-1)
         for chunk, least in ((2**24, 64), (1000, 4), (1, 1)):
-            monkeypatch.setattr("curvlib.operators.query_directions.FORMED", chunk)
-            monkeypatch.setattr("curvlib.operators.query_directions.ROWS", least)
+            monkeypatch.setattr("curvlib.operators.scores.directions.FORMED", chunk)
+            monkeypatch.setattr("curvlib.operators.scores.directions.ROWS", least)
             monkeypatch.setattr("curvlib.influence.low_rank.ROWS", chunk)
             for rest in (right, bare):
                 assert torch.allclose(body.contract(left, rest), expected, rtol=1e-11, atol=1e-12)

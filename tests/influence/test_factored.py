@@ -14,8 +14,8 @@ from curvlib.influence.influence import Influence
 from curvlib.influence.low_rank import LowRankDirections
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.queries import Queries, query_risk
-from curvlib.operators.example_rows import example_rows
-from curvlib.operators.factored_damping import factored_damping
+from curvlib.operators.factors.factored_damping import factored_damping
+from curvlib.operators.scores.example_rows import example_rows
 
 T, WIDTH = 3, 9
 

@@ -16,8 +16,8 @@ import curvlib as cl
 from curvlib.core.kronecker import Kronecker
 from curvlib.influence.influence import Influence
 from curvlib.influence.result import InfluenceScores, SelfInfluence, TopInfluence
-from curvlib.operators.example_scores import example_gradients_by_layers
 from curvlib.operators.fisher_diagonal import fisher_diagonal
+from curvlib.operators.scores.example_scores import example_gradients_by_layers
 from tests.operators.factored import (
     CE,
     F64,

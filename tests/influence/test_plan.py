@@ -13,9 +13,9 @@ from curvlib.core.result import Result
 from curvlib.influence.influence import Influence
 from curvlib.influence.plan import plan, planned
 from curvlib.influence.queries import Queries, query_risk
-from curvlib.operators.example_scores import example_scores
-from curvlib.operators.known_examples import known_examples
-from curvlib.operators.layer_shapes import LayerShape, layer_shapes
+from curvlib.operators.layers.shapes import LayerShape, layer_shapes
+from curvlib.operators.scores.example_scores import example_scores
+from curvlib.operators.scores.known_examples import known_examples
 
 LAYER = LayerShape("a", groups=2, outputs=6, inputs=5, rows=3)
 

@@ -15,7 +15,7 @@ from curvlib.influence.directions import query_directions
 from curvlib.influence.influence import Influence
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.scan import Scan, hashed, inverse, ranked
-from curvlib.operators.example_scores import BatchScores, example_gradients_by_layers
+from curvlib.operators.scores.example_scores import BatchScores, example_gradients_by_layers
 from tests.operators.factored import CE, F64, classes, draw, relative, seeded
 from tests.problems import snapshot
 

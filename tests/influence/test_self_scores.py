@@ -13,9 +13,9 @@ from curvlib.influence import self_scores
 from curvlib.influence.influence import Influence
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.self_scores import block_metrics, self_products
-from curvlib.operators.example_scores import example_gradients_by_layers
-from curvlib.operators.factored_damping import factored_damping
+from curvlib.operators.factors.factored_damping import factored_damping
 from curvlib.operators.fisher_diagonal import fisher_diagonal
+from curvlib.operators.scores.example_scores import example_gradients_by_layers
 from tests.operators.factored import (
     CE,
     PROBLEMS,

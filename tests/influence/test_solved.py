@@ -11,8 +11,8 @@ from curvlib.influence.directions import direction_parts, query_directions
 from curvlib.influence.influence import Influence
 from curvlib.influence.preconditioner import Preconditioner
 from curvlib.influence.solved import Solver
-from curvlib.operators.example_rows import example_rows
-from curvlib.operators.score_blocks import score_blocks
+from curvlib.operators.scores.blocks import score_blocks
+from curvlib.operators.scores.example_rows import example_rows
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvlib as cl
-from curvlib.operators.example_scores import example_gradients_by_layers
+from curvlib.operators.scores.example_scores import example_gradients_by_layers
 from tests import oracles
 from tests.cases import build
 from tests.problems import OPERATORS, columns, error, oracle, risk_of, snapshot

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvlib as cl
-from curvlib.operators import compiled, replay
-from curvlib.operators.proof import tolerance
-from curvlib.operators.replay import MAX_BYTES, Replay, fits, launched
+from curvlib.operators.captured import compiled, replay
+from curvlib.operators.captured.proof import tolerance
+from curvlib.operators.captured.replay import MAX_BYTES, Replay, fits, launched
 from tests import models
 from tests.cases import Case, build
 from tests.problems import (
@@ -500,7 +500,7 @@ def test_recordings_that_never_run_again_are_found_out(monkeypatch: pytest.Monke
         out = function(*inputs)
         return lambda *_: out
 
-    monkeypatch.setattr("curvlib.operators.compiled.launched", frozen)
+    monkeypatch.setattr("curvlib.operators.captured.compiled.launched", frozen)
     op = cl.hessian(risk_of(build("mlp ce")), compile="aot_eager")
     with pytest.raises(RuntimeError, match="the captured product differs from the eager one"):
         op @ columns(31, 2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.operators.conv_products import convolution_products
-from curvlib.operators.live_loss import gradient_and_products
+from curvlib.operators.live.loss import gradient_and_products
 
 F64 = torch.float64
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import curvlib as cl
-from curvlib.operators.example_scores import (
+from curvlib.operators.fisher_diagonal import affordable_fisher, fisher_diagonal
+from curvlib.operators.scores.blocks import score_blocks
+from curvlib.operators.scores.directions import DenseDirections, formed
+from curvlib.operators.scores.example_scores import (
     BatchScores,
     example_gradients_by_layers,
     example_scores,
 )
-from curvlib.operators.fisher_diagonal import affordable_fisher, fisher_diagonal
-from curvlib.operators.query_directions import DenseDirections, formed
-from curvlib.operators.score_blocks import score_blocks
-from curvlib.operators.score_rows import by_token
+from curvlib.operators.scores.rows import by_token
 from tests.operators.factored import (
     CE,
     F64,
@@ -286,8 +286,8 @@ def test_wanted_pairs(name: str) -> None:
 
 
 def test_large_examples_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvlib.operators.score_rows.CHUNK", 1)
-    monkeypatch.setattr("curvlib.operators.query_directions.CHUNK", 1)
+    monkeypatch.setattr("curvlib.operators.scores.rows.CHUNK", 1)
+    monkeypatch.setattr("curvlib.operators.scores.directions.CHUNK", 1)
     for name in ("language model", "grouped convolutions", "mlp"):
         risk = problem(name)
         G = truth(risk)

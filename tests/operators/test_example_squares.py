@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import curvlib as cl
 from curvlib.core.kronecker_blocks import KroneckerBlock
-from curvlib.operators import kfac_squares
-from curvlib.operators.example_squares import example_squares
-from curvlib.operators.score_blocks import ScoreBlock, score_blocks
+from curvlib.operators.factors import squares as kfac_squares
+from curvlib.operators.scores.blocks import ScoreBlock, score_blocks
+from curvlib.operators.scores.example_squares import example_squares
 from tests.operators.factored import CE, PROBLEMS, classes, draw, problem, seeded
 from tests.operators.test_example_scores import truth
 
@@ -76,7 +76,7 @@ def test_all_routes(way: str, rows: int, out: int, width: int) -> None:
 
 
 def test_large_examples_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvlib.operators.score_rows.CHUNK", 1)
+    monkeypatch.setattr("curvlib.operators.scores.rows.CHUNK", 1)
     for name in ("tied, masked", "grouped convolutions", "experts"):
         risk = problem(name)
         metrics = {b.name: metric(b, "rotated") for b in score_blocks(risk)}

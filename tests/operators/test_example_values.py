@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import curvlib as cl
-from curvlib.operators.example_values import error_norms, example_losses, gradient_norms
+from curvlib.operators.scores.example_values import error_norms, example_losses, gradient_norms
 from tests.cases import CASES, build
 from tests.problems import risk_of, snapshot
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from curvlib.core.kronecker import Kronecker
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part
-from curvlib.operators.factored_damping import factor_eigenvalues, factored_damping
+from curvlib.operators.factors.factored_damping import factor_eigenvalues, factored_damping
 
 
 def spd(n, seed, scale=1.0):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from curvlib.operators.hidden_maps import (
+from curvlib.operators.layers.hidden_maps import (
     hidden_maps,
     hides_maps,
     outputs_of,

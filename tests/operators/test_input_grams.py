@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import curvlib as cl
 from curvlib.operators.input_grams import InputGram, InputGrams, input_grams
-from curvlib.operators.layer_inputs import layer_of
+from curvlib.operators.layers.inputs import layer_of
 from tests.problems import Counting, snapshot
 
 F64 = torch.float64

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import curvlib as cl
+from curvlib.operators.factors.squares import matrices, rotated, squares
+from curvlib.operators.factors.targets import directions
 from curvlib.operators.kfac import kfac
-from curvlib.operators.kfac_squares import matrices, rotated, squares
-from curvlib.operators.kfac_targets import directions
 from tests.cases import build
 from tests.operators.factored import (
     F64,

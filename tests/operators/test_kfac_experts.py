@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import curvlib as cl
 from curvlib.influence.influence import Influence
 from curvlib.operators.kfac import kfac
-from curvlib.operators.score_blocks import score_blocks
+from curvlib.operators.scores.blocks import score_blocks
 from tests.operators.factored import (
     CE,
     F64,

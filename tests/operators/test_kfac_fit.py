@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import curvlib as cl
 from curvlib.operators.batch_examples import one_example
+from curvlib.operators.factors.sums import _add_input_moment, _add_moment
+from curvlib.operators.factors.targets import _contents
 from curvlib.operators.kfac import KFAC, kfac
-from curvlib.operators.kfac_sums import _add_input_moment, _add_moment
-from curvlib.operators.kfac_targets import _contents
 from tests.operators.factored import (
     F64,
     FISHERS,

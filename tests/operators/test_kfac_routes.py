@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvlib as cl
-from curvlib.operators import kfac_squares
+from curvlib.operators.factors import squares as kfac_squares
+from curvlib.operators.factors.squares import PASS, rotated, route, squares
 from curvlib.operators.kfac import kfac
-from curvlib.operators.kfac_squares import PASS, rotated, route, squares
 from tests.operators.factored import F64, classes, draw, relative, rotated_block, seeded
 
 WAYS = ("pairs", "rotate", "form")

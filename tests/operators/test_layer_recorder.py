@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 import curvlib as cl
 from curvlib.core.content_numbers import content_uniform
 from curvlib.core.loss import read_loss
-from curvlib.operators.kfac_factors import factors
-from curvlib.operators.kfac_sums import Sums, add_gradients, add_inputs, factor_sums
-from curvlib.operators.layer_recorder import LayerRecorder
-from curvlib.operators.layer_rows import input_matrix, output_matrix
-from curvlib.operators.recorded import Recorded, factor_of_squares
+from curvlib.operators.factors.pairs import factors
+from curvlib.operators.factors.sums import Sums, add_gradients, add_inputs, factor_sums
+from curvlib.operators.layers.recorded import Recorded, factor_of_squares
+from curvlib.operators.layers.recorder import LayerRecorder
+from curvlib.operators.layers.rows import input_matrix, output_matrix
 from tests.operators.factored import (
     F64,
     PROBLEMS,

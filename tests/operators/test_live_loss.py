@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from curvlib.operators.live_loss import (
+from curvlib.operators.live.loss import (
     accumulate_gradient,
     gradient,
     gradient_and_products,

@@ -19,7 +19,7 @@ from curvlib.estimators.solve import solve
 from curvlib.operators.block_mfac import BlockMFAC
 from curvlib.operators.gradients import gradients
 from curvlib.operators.mfac import MFAC, mfac, mfac_window
-from curvlib.operators.window import Window
+from curvlib.operators.windows.window import Window
 
 F64 = torch.float64
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import curvlib as cl
 from curvlib.operators.kfac import kfac
-from curvlib.operators.score_blocks import score_blocks
+from curvlib.operators.scores.blocks import score_blocks
 from tests.operators.factored import CE, FISHERS, classes, draw, relative, rotated_block, seeded
 from tests.operators.test_example_scores import scored, truth
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import curvlib as cl
-from curvlib.operators.hidden_calls import HiddenReplay, layers_inside, noted
 from curvlib.operators.kfac import KFAC, kfac
-from curvlib.operators.kfac_layers import factored_layers
-from curvlib.operators.layer_recorder import LayerRecorder
-from curvlib.operators.layer_replay import ModuleCall
-from curvlib.operators.layer_rows import input_matrix, output_matrix
+from curvlib.operators.layers.factored import factored_layers
+from curvlib.operators.layers.hidden_calls import HiddenReplay, layers_inside, noted
+from curvlib.operators.layers.recorder import LayerRecorder
+from curvlib.operators.layers.rows import input_matrix, output_matrix
+from curvlib.operators.layers.unseen import ModuleCall
 from tests.operators.factored import (
     F64,
     FISHERS,

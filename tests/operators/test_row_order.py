@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from curvlib.operators.row_order import order_of
+from curvlib.operators.layers.row_order import order_of
 from curvlib.optim.kfac import KFAC
 
 F64 = torch.float64

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curvlib.core.random import generator_of
-from curvlib.operators import window_solve
-from curvlib.operators.compression import kept_entries, top_entries
-from curvlib.operators.gradient_window import GradientWindow
-from curvlib.operators.sparse_window import SparseWindow
-from curvlib.operators.window import Window
-from curvlib.operators.window_systems import Systems
+from curvlib.operators.windows import solve as window_solve
+from curvlib.operators.windows.compression import kept_entries, top_entries
+from curvlib.operators.windows.gradient_window import GradientWindow
+from curvlib.operators.windows.sparse import SparseWindow
+from curvlib.operators.windows.systems import Systems
+from curvlib.operators.windows.window import Window
 
 F64 = torch.float64
 PARTS, KEPT = (7, 1, 12), (3, 1, 5)
@@ -96,7 +96,7 @@ def test_chunks_of_gathered_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) 
     window, _ = filled(9, 6)
     X, C = gaussian(1, 20, 2), gaussian(2, 3, 6, 2)
     inner, combination = window.inner(X), window.combination(C)
-    monkeypatch.setattr("curvlib.operators.sparse_window.GATHERED", 4)
+    monkeypatch.setattr("curvlib.operators.windows.sparse.GATHERED", 4)
     assert torch.allclose(window.inner(X), inner, rtol=1e-14, atol=1e-15)
     assert torch.allclose(window.combination(C), combination, rtol=1e-14, atol=1e-15)
 

@@ -20,9 +20,9 @@ import curvlib as cl
 from curvlib.cli.target import converted
 from curvlib.operators.accuracy import accuracy
 from curvlib.operators.example_products import example_products
-from curvlib.operators.example_values import error_norms, example_losses
 from curvlib.operators.fisher_diagonal import fisher_diagonal
 from curvlib.operators.perturbed import perturbed_values
+from curvlib.operators.scores.example_values import error_norms, example_losses
 from tests import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:curvlib:UserWarning")

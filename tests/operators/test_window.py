@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlib.core import memory
 from curvlib.core.files import write_record
-from curvlib.core.group import Group
-from curvlib.core.spread import Slices, Spread
-from curvlib.operators import row_products, window_blocks
-from curvlib.operators.window import Window
-from curvlib.operators.window_arguments import require_memory
+from curvlib.core.ranks.group import Group
+from curvlib.core.ranks.spread import Slices, Spread
+from curvlib.operators.windows import blocks as window_blocks
+from curvlib.operators.windows import row_products
+from curvlib.operators.windows.arguments import require_memory
+from curvlib.operators.windows.window import Window
 
 F64 = torch.float64
 DTYPES = (torch.float32, F64, torch.bfloat16)

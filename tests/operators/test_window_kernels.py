@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvlib.operators import row_products
 from curvlib.operators.mfac_operator import MFAC
-from curvlib.operators.window import Window
-from curvlib.operators.window_arguments import require_fused
-from curvlib.operators.window_kernels import SOURCE, TILE, WindowKernels
-from curvlib.operators.window_system import CHUNK_ERROR
+from curvlib.operators.windows import row_products
+from curvlib.operators.windows.arguments import require_fused
+from curvlib.operators.windows.kernels import SOURCE, TILE, WindowKernels
+from curvlib.operators.windows.system import CHUNK_ERROR
+from curvlib.operators.windows.window import Window
 from tests.cuda_on_cpu import NVCC, Emulated, cubin, emulated, guarded, untouched
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

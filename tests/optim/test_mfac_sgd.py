@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from curvlib.core.random import generator_of
-from curvlib.operators.gradient_window import GradientWindow
+from curvlib.operators.windows.gradient_window import GradientWindow
 from curvlib.optim.mfac import MFAC
 from curvlib.optim.rules import mfac as rule
 from tests.operators.test_window import Allocations

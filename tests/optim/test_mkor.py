@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvlib.operators.layer_recorder import LayerRecorder
-from curvlib.operators.layer_vectors import Signs, row_sums, summable, vectors
+from curvlib.operators.layers.recorder import LayerRecorder
+from curvlib.operators.layers.vectors import Signs, row_sums, summable, vectors
 from curvlib.optim.mkor import MKOR
 from curvlib.optim.rules import mkor
 from tests.optim.small import F64, batches, equal, loss_of, net, same, train, weights

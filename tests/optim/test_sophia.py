@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import curvlib as cl
 from curvlib.core.random import generator_of
 from curvlib.operators.labels import SampledLabels
-from curvlib.operators.live_fisher import sampled_root
+from curvlib.operators.live.fisher import sampled_root
 from curvlib.optim.draws import signs
 from curvlib.optim.rules import sophia as rule
 from curvlib.optim.sophia import Sophia

@@ -467,7 +467,7 @@ def test_saliencies_of_windows_against_dense_inverses(
 ) -> None:
     """Also in float32 with a condition number of 1e6 and more, where ``[F^-1]_QQ`` is no help."""
     from curvlib.operators.mfac_operator import MFAC
-    from curvlib.operators.window import Window
+    from curvlib.operators.windows.window import Window
 
     listed = structured_groups(_seeded(ConvNet), IMAGE)
     P = listed.space.size

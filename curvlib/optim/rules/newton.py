@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvlib.core.spread import Spread
+from curvlib.core.ranks.spread import Spread
 
 #: How much gamma may change from one trial to the next.
 GROWTH, SHRINKAGE, LARGEST_FALL = 4.0, 0.5, 1e-3

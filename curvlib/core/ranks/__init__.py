@@ -1,0 +1,1 @@
+"""Processes that work together: their group, shards of data, and parameters that are sharded."""

@@ -1,0 +1,1 @@
+"""The fit of Kronecker factors: sums over data, eigenvectors, ranks and files."""

@@ -1,0 +1,1 @@
+"""Curvature of a loss that a training loop has just computed."""

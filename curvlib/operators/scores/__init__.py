@@ -1,0 +1,1 @@
+"""Gradients of examples, and their products with directions."""
