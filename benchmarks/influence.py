@@ -59,7 +59,11 @@ Method = Callable[[nn.Module, Task], Tensor]
 
 
 def influence(
-    curvature: str | None = None, damping: float | None = None, *, of_run: bool = False
+    curvature: str | None = None,
+    damping: float | None = None,
+    *,
+    of_run: bool = False,
+    fit: dict[str, Any] | None = None,
 ) -> Method:
     """Scores ``[Q, N]`` of curvlib."""
 
@@ -67,7 +71,9 @@ def influence(
         risk = cl.Risk(model, task.loss(), task.train)
         own = refined(risk, iterations=10) if curvature == "refined" else curvature
         own_damping = task.damping if of_run else damping
-        found = Influence.of(risk, own, damping=own_damping, relative=not of_run, progress=False)
+        found = Influence.of(
+            risk, own, damping=own_damping, relative=not of_run, fit=fit, progress=False
+        )
         return found.scores(task.query).scores
 
     return scores
@@ -78,6 +84,7 @@ METHODS: dict[str, Method] = {
     "diagonal": influence("diagonal"),
     "K-FAC": influence("kfac"),
     "EK-FAC (default)": influence(),
+    "EK-FAC, sampled labels": influence(fit={"fisher": "mc"}),
     "EK-FAC + CG": influence("refined"),
     "EK-FAC, damping of the run": influence(of_run=True),
     "EK-FAC + CG, damping of the run": influence("refined", of_run=True),
