@@ -16,8 +16,8 @@ sources of the standard library. Scores are about the linear layers of its block
     scores to a temporary folder, as it always does. On one thread, seconds are those of the
     processor, which other processes disturb least (waiting for the disk is not counted).
 ``memory``
-    How much a fresh process grows while it looks for the top 10 of N, 4 N, 16 N examples, at the
-    first width: the median of three processes, since what the allocator keeps differs.
+    How much a fresh process grows while it looks for the top 10 of N, 4 N, 16 N, 64 N examples,
+    at the first width: the median of three processes, since what the allocator keeps differs.
 ``ranks``
     Spearman correlations of compressed and dense scores over the examples of each query, and the
     certified bound.
@@ -338,7 +338,7 @@ def _rank_rows(args: argparse.Namespace, width: int) -> list[dict[str, Any]]:
 def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Growth of fresh processes."""
     rows = []
-    for factor in (1, 4, 16):
+    for factor in (1, 4, 16, 64):
         count = factor * args.train
         command = [sys.executable, __file__, "--grow", str(count)]
         command += ["--widths", str(args.widths[0])]
