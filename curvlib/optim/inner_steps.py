@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ def inner_steps(
     group: Mapping[str, Any],
     along: Mapping[int, Tensor],
     state: Mapping[Tensor, Mapping[str, Any]],
+    own: Callable[[Tensor], Tensor],
 ) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
     """What is added to each parameter of a group that has a direction, and its state afterwards.
 
@@ -27,18 +28,23 @@ def inner_steps(
         along: Directions, by ``id`` of the parameter.
         state: States of parameters: ``momentum``, ``square`` (of AdamW) and ``steps``; other
             entries are not read.
+        own: This rank's slice of a parameter that is sharded, in whose shape its direction is.
     """
     params = [p for p in group["params"] if id(p) in along]
     if not params:
         return []
-    before = [_known(state.get(p, {})) or init(p, squares=rule == "adamw") for p in params]
+    slices = [own(p) for p in params]
+    before = [
+        _known(state.get(p, {})) or init(mine, squares=rule == "adamw")
+        for p, mine in zip(params, slices, strict=True)
+    ]
     shared = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
     us = [along[id(p)] for p in params]
     if rule == "adamw":
         betas = (float(group["betas"][0]), float(group["betas"][1]))
-        found = adamw(params, us, before, betas=betas, eps=float(group["eps"]), **shared)
+        found = adamw(slices, us, before, betas=betas, eps=float(group["eps"]), **shared)
     else:
-        found = sgd(params, us, before, momentum=float(group["momentum"]), **shared)
+        found = sgd(slices, us, before, momentum=float(group["momentum"]), **shared)
     return [
         (p, change, {key: value for key, value in vars(new).items() if value is not None})
         for p, change, new in zip(params, *found, strict=True)

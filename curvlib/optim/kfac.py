@@ -256,6 +256,13 @@ class KFAC(CurvatureOptimizer):
         )
 
     # ---------------------------------------------------------------------------- shell
+    follows_shards, differentiates = True, False
+
+    def _shard(self) -> None:
+        super()._shard()
+        if self.sharding is not None:
+            self.sharding.include(self.model)
+
     def _check(self, group: dict[str, Any]) -> None:
         arguments.nonnegative(
             group, "lr", "damping", "weight_decay", "inner_scale", "inner_eps", "momentum"
@@ -278,10 +285,10 @@ class KFAC(CurvatureOptimizer):
 
     def _prepare(self) -> None:
         self._scale = 1.0
-        params = [p for _, p, _ in self.trainable()]
+        params = [p for _, p, _ in self.parameters() if p.requires_grad]
         draw = self.clock.curvature_updates
         due = self.clock.due(self.factor_interval)
-        self._watch.follow(params, on=due, seed=self.seed, draw=draw)
+        self._watch.follow(params, on=due, seed=self.seed, draw=draw, sharding=self.sharding)
 
     def _collect(self) -> None:
         self._watch.hand_over()
@@ -310,12 +317,16 @@ class KFAC(CurvatureOptimizer):
             relative=self.relative,
             factored=self.damping_form == "factored",
             dtype=recorder.dtype,
+            sharding=self.sharding,
         )
         products = {
             key: torch.dot(v.view(-1), members[key].gradient.reshape(-1).to(v.dtype))
             for key, v in natural.items()
         }
-        known_products = torch.stack(list(products.values())).tolist() if products else []
+        numbers = torch.stack(list(products.values())) if products else None
+        if numbers is not None and self.sharding is not None:
+            numbers = self.sharding.sum(numbers)  # over slices
+        known_products = [] if numbers is None else numbers.tolist()
         if not all(map(math.isfinite, known_products)):
             return False
         along = dict(zip(products, known_products, strict=True))
@@ -323,16 +334,17 @@ class KFAC(CurvatureOptimizer):
         rest = [
             part
             for group in self.param_groups
-            for part in inner_steps(self.inner, _inner(group), left, self.state)
+            for part in inner_steps(self.inner, _inner(group), left, self.state, self.own)
         ]
         self.layers, self._inverses, self.decomposed_at, self.failed = known
         for group in self.param_groups:
             params = [p for p in group["params"] if id(p) in natural]
             each = [along[id(p)] for p in params]
             clip = kl_scale(each, float(group["lr"]), group["kl_clip"])
-            step_along(params, [natural[id(p)] for p in params], self.state, group, clip)
+            directions = [natural[id(p)] for p in params]
+            step_along(params, directions, self.state, group, clip, self.own)
         for p, change, state in rest:
-            p.add_(change)
+            self.own(p).add_(change)
             self.state[p].update(state)
         return None
 

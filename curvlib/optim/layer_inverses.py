@@ -13,6 +13,8 @@ from curvlib.operators.layers.factored import FactoredLayer
 from curvlib.operators.layers.vectors import vectors as vectors_of
 from curvlib.optim.layer_places import LayerPlaces
 from curvlib.optim.rules.mkor import Inverse, init, norm_matched, preconditioned, update
+from curvlib.optim.sharding import Sharding
+from curvlib.optim.whole_gradients import WholeGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +114,20 @@ def advanced(
         dtype: What inverses are stored in, at first.
     """
     out = dict(inverses)
-    for layer, group in layers:
-        sums = sums_of(layer, pending)
-        if sums:
-            out[layer.name] = moved(
-                layer,
-                inverses.get(layer.name),
-                vectors_of(layer, sums, signed=signed, ranks=ranks),
-                dtype=dtype,
-                decay=float(group["decay"]),
-                damping=float(group["damping"]),
-            )
+    found = [(layer, group, sums_of(layer, pending)) for layer, group in layers]
+    found = [(layer, group, sums) for layer, group, sums in found if sums]
+    if ranks > 1 and found:  # zeros of layers that no rank has called were sent, too
+        rows = torch.stack([sums["rows"] for _, _, sums in found]).tolist()
+        found = [own for own, count in zip(found, rows, strict=True) if count]
+    for layer, group, sums in found:
+        out[layer.name] = moved(
+            layer,
+            inverses.get(layer.name),
+            vectors_of(layer, sums, signed=signed, ranks=ranks),
+            dtype=dtype,
+            decay=float(group["decay"]),
+            damping=float(group["damping"]),
+        )
     return out
 
 
@@ -131,34 +136,46 @@ def directions(
     inverses: Mapping[str, LayerInverses],
     params: Mapping[str, Tensor],
     gradients: Mapping[int, Tensor],
+    sharding: Sharding | None = None,
 ) -> dict[int, Tensor]:
     """Gradients, preconditioned where a layer's inverses reach, by ``id`` of the parameter.
 
-    The gradient of each layer keeps its norm, weight and bias together.
+    The gradient of each layer keeps its norm, weight and bias together. Of sharded parameters, it
+    is gathered, preconditioned whole on every rank, and cut again.
 
     Args:
         layers: Layers, and where their matrices lie.
         inverses: By layer.
         params: Parameters, by name.
-        gradients: Of parameters, by ``id``; some may be absent.
+        gradients: Of parameters (their slices), by ``id``; some may be absent.
+        sharding: How parameters and gradients are cut, if they are.
     """
-    out = dict(gradients)
+    covered = []
     for layer, places in layers:
         keys = {n: id(params[n]) for n in layer.names if id(params[n]) in gradients}
         own = inverses.get(layer.name)
         if not keys or own is None or not own.fits(layer):
             continue
+        covered.append((layer, places, keys, own))
+    uses = [key for _, _, keys, _ in covered for key in keys.values()]
+    wholes = WholeGradients(gradients, uses, sharding)
+    out, open_ = dict(gradients), dict[int, Tensor]()
+    for layer, places, keys, own in covered:
         dtype = own.tensors[-1].dtype
-        present = {n: gradients[key] for n, key in keys.items()}
+        present = {n: wholes.take(key) for n, key in keys.items()}
         matrix = places.read(present, dtype)
         found = preconditioned(matrix, own.left, own.right)
         if len(keys) < len(layer.names):
             found = found * places.read({n: torch.ones_like(g) for n, g in present.items()}, dtype)
         (found,) = norm_matched([found], [matrix])
+        for n, key in keys.items():
+            if key not in open_:
+                whole = present[n]
+                open_[key] = whole.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        places.write(found, {n: open_[key] for n, key in keys.items()})
         for key in keys.values():
-            if out[key] is gradients[key]:
-                out[key] = out[key].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        places.write(found, {n: out[key] for n, key in keys.items()})
+            if wholes.done(key):
+                out[key] = wholes.part(key, open_.pop(key))
     return out
 
 

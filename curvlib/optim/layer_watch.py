@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from curvlib.core.ranks.places import reshard
 from curvlib.operators.coverage import Coverage, coverage_of
 from curvlib.operators.layers.factored import FactoredLayer
 from curvlib.operators.layers.recorded import Recorded
 from curvlib.operators.layers.recorder import LayerRecorder
 from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.sharding import Sharding
 
 
 class LayerWatch:
@@ -72,7 +75,15 @@ class LayerWatch:
             )
         return self._recorder
 
-    def follow(self, params: Sequence[Tensor], *, on: bool, seed: int = 0, draw: int = 0) -> None:
+    def follow(
+        self,
+        params: Sequence[Tensor],
+        *,
+        on: bool,
+        seed: int = 0,
+        draw: int = 0,
+        sharding: Sharding | None = None,
+    ) -> None:
         """Watches the layers of some parameters, or (``on=False``) takes the hooks off.
 
         Other parameters than before count from the next time on that it watches.
@@ -82,12 +93,14 @@ class LayerWatch:
             on: Whether to watch.
             seed: Of sampled labels.
             draw: How often they were drawn before.
+            sharding: How parameters are cut, if they are.
 
         Raises:
             ValueError: If a parameter is not the model's, or the model is compiled.
         """
         old = self._recorder
         if params and (old is None or (on and not _same(params, old.params.values()))):
+            reshard(self.model)  # that it has the parameters which the optimizer holds
             made = LayerRecorder(self.model, list(params), sink=self._sink(), **self.options)
             self._recorder = made
             reasons = {own.name: self._judge(own) if self._judge else "" for own in made.layers}
@@ -99,6 +112,7 @@ class LayerWatch:
                 old.close()
         if self._recorder is not None:
             self._recorder.seed, self._recorder.draw = seed, draw
+            self._recorder.lending = nullcontext if sharding is None else sharding.lending
             (self._recorder.start if on and self.layers else self._recorder.stop)()
 
     def hand_over(self) -> None:
@@ -118,6 +132,7 @@ class LayerWatch:
             reasons: By name of the layer, besides those that are known before.
         """
         recorder, more = self.recorder, {}
+        reshard(self.model)
         for name, reason in reasons.items():
             more.update(dict.fromkeys(self.layers[name].names, reason))
         return coverage_of(self.model, recorder.params, recorder.uncovered | self.unfit | more)

@@ -35,7 +35,7 @@ from curvlib.operators.layers.recorded import Recorded
 from curvlib.operators.layers.recorder import LayerRecorder
 from curvlib.operators.layers.vectors import Signs, row_sums, summable, zero_sums
 from curvlib.optim import arguments
-from curvlib.optim.gradients import Gradients, finite
+from curvlib.optim.gradients import Gradients
 from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_inverses import (
     LayerInverses,
@@ -221,6 +221,13 @@ class MKOR(CurvatureOptimizer):
         return LayerWatch(self.model, self.take, unfit, max_side=self.max_side)
 
     # ---------------------------------------------------------------------------- shell
+    follows_shards, differentiates = True, False
+
+    def _shard(self) -> None:
+        super()._shard()
+        if self.sharding is not None:
+            self.sharding.include(self.model)
+
     def _check(self, group: dict[str, Any]) -> None:
         arguments.nonnegative(group, "lr", "eps", "weight_decay")
         arguments.fraction(group, "momentum", "decay", "damping")
@@ -233,8 +240,9 @@ class MKOR(CurvatureOptimizer):
 
     def _prepare(self) -> None:
         self._scale = 1.0
-        params = [p for _, p, _ in self.trainable()]
-        self._watch.follow(params, on=self.second_order and self.clock.due(self.interval))
+        params = [p for _, p, _ in self.parameters() if p.requires_grad]
+        on = self.second_order and self.clock.due(self.interval)
+        self._watch.follow(params, on=on, sharding=self.sharding)
 
     def _observe(self, loss: Tensor, scale: float) -> None:
         del loss  # its backward pass meets the hooks
@@ -297,17 +305,17 @@ class MKOR(CurvatureOptimizer):
         along = given
         if self.second_order and self._watch.layers:
             places = [(layer, self._watch.places[layer.name]) for layer, _ in layers]
-            along = directions(places, inverses, self.recorder.params, given)
+            along = directions(places, inverses, self.recorder.params, given, self.sharding)
         work = [
             part
             for group in self.param_groups
-            for part in inner_steps(self.inner, group, along, self.state)
+            for part in inner_steps(self.inner, group, along, self.state, self.own)
         ]
         new = [t for own in inverses.values() for t in own.tensors] if self.pending else []
-        if not finite([*(change for _, change, _ in work), *new]):
+        if not self.finite([*(change for _, change, _ in work), *new]):
             return False
         for p, change, state in work:
-            p.add_(change.to(p.dtype))
+            self.own(p).add_(change.to(p.dtype))
             self.state[p] = state
         self.inverses = inverses
         if self.cost is None and self.pending:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from curvlib.optim.rules.kfac import (
     preconditioned,
     preconditioned_by,
 )
+from curvlib.optim.sharding import Sharding
+from curvlib.optim.whole_gradients import WholeGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class Member:
 
     Attributes:
         parameter: The parameter.
-        gradient: Its gradient.
+        gradient: Its gradient; this rank's slice of it, if it is sharded.
         group: Hyper-parameters of its group.
     """
 
@@ -49,8 +51,12 @@ def natural_gradients(
     relative: bool,
     factored: bool = False,
     dtype: torch.dtype,
+    sharding: Sharding | None = None,
 ) -> dict[int, Tensor]:
     """Preconditioned gradients by ``id`` of the parameter, of parameters that are covered wholly.
+
+    Of sharded parameters, slices of them: a layer's gradient is gathered, preconditioned whole on
+    every rank, and cut again.
 
     Args:
         layers: The layers.
@@ -61,32 +67,43 @@ def natural_gradients(
         relative: Whether damping is.
         factored: Whether damping is split between the factors.
         dtype: Of the natural gradients.
+        sharding: How parameters and gradients are cut, if they are.
     """
-    found: dict[int, Tensor] = {}
-    entries: dict[int, int] = {}
+    covered = []
     for layer, places in layers:
         ids = {name: id(params[name]) for name in layer.names if id(params[name]) in members}
         known = curvature.get(layer.name)
         if known is None or not ids or not known.fits(layer.shape):
             continue
+        covered.append((layer.name, places, ids, known))
+    uses = [key for _, _, ids, _ in covered for key in ids.values()]
+    wholes = WholeGradients({key: m.gradient for key, m in members.items()}, uses, sharding)
+    open_: dict[int, Tensor] = {}
+    entries: dict[int, int] = {}
+    found: dict[int, Tensor] = {}
+    for layer_name, places, ids, known in covered:
         damping = float(members[next(iter(ids.values()))].group["damping"])
-        inverse = inverses.get(layer.name)
+        inverse = inverses.get(layer_name)
         if inverse is None or inverse[0] != damping:
             inverse = (damping, _inverses(known, damping, relative=relative, factored=factored))
-            inverses[layer.name] = inverse
-        matrix = places.read({name: members[key].gradient for name, key in ids.items()}, dtype)
+            inverses[layer_name] = inverse
+        matrix = places.read({name: wholes.take(key) for name, key in ids.items()}, dtype)
         if factored:
             matrix = preconditioned_by(matrix, *inverse[1])
         else:
             matrix = preconditioned(matrix, *known.basis, *inverse[1])
         for name, key in ids.items():
-            if key not in found:
+            if key not in open_:
                 shape = params[name].shape
-                found[key] = torch.empty(shape, dtype=dtype, device=matrix.device)
+                open_[key] = torch.empty(shape, dtype=dtype, device=matrix.device)
             entries[key] = entries.get(key, 0) + places.sizes[name]
-        places.write(matrix, {name: found[key] for name, key in ids.items()})
-    # of attention's projections, all are known or none is used
-    return {key: value for key, value in found.items() if entries[key] == value.numel()}
+        places.write(matrix, {name: open_[key] for name, key in ids.items()})
+        for key in ids.values():
+            if wholes.done(key):
+                whole = open_.pop(key)
+                if entries[key] == whole.numel():  # of attention's projections, all are known
+                    found[key] = wholes.part(key, whole)
+    return found
 
 
 def _inverses(
@@ -103,6 +120,7 @@ def step_along(
     state: MutableMapping[Tensor, dict[str, Any]],
     group: Mapping[str, Any],
     clip: float,
+    own: Callable[[Tensor], Tensor],
 ) -> None:
     """Steps of a group's parameters, with momentum and decoupled weight decay, in place.
 
@@ -112,6 +130,7 @@ def step_along(
         state: Of the optimizer; its entries ``velocity`` are the buffers of momentum.
         group: ``lr``, ``momentum`` and ``weight_decay``.
         clip: Factor of the directions.
+        own: This rank's slice of a parameter that is sharded, in whose shape its direction is.
     """
     if not params:
         return
@@ -126,6 +145,7 @@ def step_along(
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, directions)
         directions = buffers
+    slices = [own(p) for p in params]
     if group["weight_decay"]:
-        torch._foreach_mul_(params, 1.0 - lr * float(group["weight_decay"]))
-    torch._foreach_add_(params, directions, alpha=-lr)
+        torch._foreach_mul_(slices, 1.0 - lr * float(group["weight_decay"]))
+    torch._foreach_add_(slices, directions, alpha=-lr)

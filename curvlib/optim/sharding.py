@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from curvlib.core.ranks.dtensors import is_fsdp, is_sharded, slice_of
 from curvlib.core.ranks.group import group_of
 from curvlib.core.ranks.places import UNFOLLOWED, Place, follow, place_of, places_of
-from curvlib.core.ranks.sharded import gathering
+from curvlib.core.ranks.sharded import gathering, lending
 from curvlib.core.ranks.spread import Spread
 from curvlib.operators.graphs import ends_in, reentrant
 
@@ -76,6 +76,10 @@ class Sharding:
         """This rank's slice of a parameter, in its memory."""
         return self._held[id(param)][1].leaf
 
+    def place(self, key: int) -> Place:
+        """Where a parameter lies, by its ``id``."""
+        return self._held[key][1]
+
     def spread(self, numbers: Iterable[int]) -> Spread | None:
         """How rows over ranks lie that are made up of some of the parameters."""
         if self.group is None:
@@ -107,6 +111,28 @@ class Sharding:
         self.take_gradients()
 
     # --------------------------------------------------------------------- passes
+    def include(self, model: nn.Module) -> None:
+        """Takes in the other sharded parameters of a model; frees what is gathered in it.
+
+        Raises:
+            ValueError: If one is cut otherwise, or a module is tensor-parallel.
+        """
+        found = places_of(model, self.group)
+        for p in model.parameters():
+            if id(p) in found and id(p) not in self._held:
+                self._held[id(p)] = (p, found[id(p)])
+
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        """A block in which a module's parameters can be gathered outside of a pass.
+
+        See :func:`curvlib.core.ranks.sharded.whole_in`. Ranks enter it together.
+        """
+        for p, place in self._held.values():
+            follow(p, place)
+        with lending({key: place for key, (_, place) in self._held.items()}):
+            yield
+
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """A block whose passes gather parameters, and can be differentiated to any order."""
@@ -114,10 +140,7 @@ class Sharding:
             yield
             return
         model = modules_of(self.params)
-        found = places_of(model, self.group)  # frees what is gathered
-        for p in model.parameters():
-            if id(p) in found and id(p) not in self._held:
-                self._held[id(p)] = (p, found[id(p)])
+        self.include(model)
         for p, place in self._held.values():
             follow(p, place)
             place.leaf.requires_grad_(p.requires_grad)

@@ -28,7 +28,8 @@ scale)`` for the value of each loss; and for methods that watch the user's own p
 
 A method that sets ``follows_shards`` takes sharded parameters: it writes to ``self.own(p)``, this
 rank's slice, of whose shape gradients, curvature and state are, and sums and decides with all ranks
-(``self.sharding``, ``self.finite``).
+(``self.sharding``, ``self.finite``). One that watches layers unsets ``differentiates``: FSDP2's own
+passes serve it, and what is pending is each rank's, of layers, to be summed.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     #: Whether the method steps slices of parameters.
     follows_shards = False
+    #: Whether curvature is made of derivatives by parameters; where these are sharded, passes whose
+    #: curvature is read then gather them, and what comes out are slices of sums over ranks.
+    differentiates = True
 
     def __init__(
         self,
@@ -313,7 +317,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         due = self._due()
         if due and not self.pending and self.clock.curvature_updates == 0:
             self._missing()
-        if (due or self.pending) and self.sharding is None:
+        if (due or self.pending) and not (self.differentiates and self.sharding):
             self.pending = sum_over_ranks(self.pending, self.process_group)
         read = [*(g for group in gradients for g in group), *self.pending.values()]
         return self.finite(read) and self._update(gradients) is not False
@@ -329,7 +333,7 @@ class CurvatureOptimizer(Optimizer, ABC):
     def _evaluated(self, closure: Callable[[], Any]) -> Tensor:
         """The loss of a closure, whose gradients and curvature are then in place."""
         before, calls = versions(self.parameters()), self._backwards
-        with self.gathering() if self._due() else nullcontext():
+        with self.gathering() if self._due() and self.differentiates else nullcontext():
             with torch.enable_grad():
                 loss = closure()
             if not isinstance(loss, Tensor):
@@ -350,7 +354,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         if self._seen is not None and self._seen() is loss:
             return None
         due = self._due()
-        if due and self.sharding is not None:
+        if due and self.sharding is not None and self.differentiates:
             self.sharding.require_gathered(loss)
         self.keep_graph = keep
         try:

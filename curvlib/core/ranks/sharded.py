@@ -248,6 +248,16 @@ def whole_in(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def lending(places: Mapping[int, Place]) -> Iterator[None]:
+    """A block in which :func:`whole_in` gathers parameters, though no pass runs."""
+    token = _CURRENT.set(Regather(places))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
 def gathering(model: nn.Module, places: Mapping[int, Place]) -> Iterator[Regather]:
     """A block in which the model's forward pass gathers parameters as it goes."""
     with ExitStack() as stack:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,8 @@ class LayerRecorder:
         uncovered: Why each of the other parameters is in none.
         draw: Number of the draw of sampled labels; the owner counts it on.
         on: Whether it records.
+        lending: A block in which calls of modules are run again, where their parameters are
+            sharded.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -141,6 +144,7 @@ class LayerRecorder:
         self._handles: list[RemovableHandle] = []
         self._passes: list[OpenPass] = []
         self.pulling = False
+        self.lending: Callable[[], AbstractContextManager[None]] = nullcontext
 
     # ------------------------------------------------------------------ switches
     @property
@@ -332,7 +336,8 @@ class LayerRecorder:
         if not done:
             return
         self.forget_reached()
-        with torch.no_grad(), torch.autocast(self._held.space.device.type, enabled=False):
+        lent = self.lending() if self.replays else nullcontext()
+        with torch.no_grad(), torch.autocast(self._held.space.device.type, enabled=False), lent:
             for found in done:
                 self.sink(self._recorded(found))
 

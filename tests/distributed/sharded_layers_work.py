@@ -1,0 +1,455 @@
+"""Optimizers that watch layers, on sharded parameters: functions of ``(rank, size, ...)``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from curvlib.core.ranks.places import reshard
+from curvlib.optim import KFAC, MKOR
+from curvlib.optim.sharding import Sharding
+from curvlib.optim.shell import CurvatureOptimizer
+from curvlib.optim.whole_gradients import WholeGradients
+from tests.distributed.sharded_optim_work import (
+    by_backward,
+    by_closure,
+    by_fsdp,
+    by_observe,
+    by_own_backward,
+    full,
+    local,
+    loss_of,
+    weights,
+)
+from tests.distributed.sharded_work import (
+    counted,
+    cut_net,
+    deep_net,
+    mesh,
+    said,
+    sharded_net,
+    transferred,
+)
+from tests.distributed.work import F64, net
+
+STEPS = 5
+CE = nn.CrossEntropyLoss()
+
+
+class Words(nn.Module):
+    """A tied embedding, attention, what is frozen, without factors, or never called."""
+
+    def __init__(self, attends: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True) if attends else None
+        self.norm = nn.LayerNorm(5)
+        self.block = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5, bias=False))
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 5))
+        self.head = nn.Linear(5, 7)
+        self.head.weight = self.embed.weight
+        self.idle = nn.Linear(2, 2)
+        self.block[0].bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        if self.attention is not None:
+            hidden = hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0]
+        hidden = self.norm(hidden)
+        hidden = hidden + checkpoint(self.block, hidden, use_reentrant=False)
+        out: Tensor = self.head((hidden * self.scale).mean(1))
+        return out
+
+
+def words(size: int, *, attends: bool = True) -> nn.Module:
+    """The model, in units that no number of ranks divides, if there are several."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Words(attends).double()
+    if size > 1:
+        for unit in (model.norm, model.block, model.idle, model):
+            fully_shard(unit, mesh=mesh())
+    return model
+
+
+def data(rank: int, size: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    """This rank's equal parts of some batches of sentences."""
+    g = torch.Generator().manual_seed(7)
+    whole = [
+        (torch.randint(7, (12, 6), generator=g), torch.randint(7, (12,), generator=g))
+        for _ in range(steps)
+    ]
+    return [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in whole]
+
+
+Build = Callable[[nn.Module], CurvatureOptimizer]
+
+
+def _grouped(model: nn.Module) -> KFAC:
+    """Two groups that are clipped apart; attention is in neither."""
+    some = [*model.embed.parameters(), *model.norm.parameters(), model.scale]  # type: ignore[misc, operator, union-attr, list-item]
+    rest = [*model.block.parameters(), model.head.bias]  # type: ignore[operator, union-attr, list-item]
+    groups = [
+        {"params": some, "kl_clip": 1e-4, "lr": 0.05},
+        {"params": rest, "damping": 0.03, "momentum": 0.0},
+    ]
+    return KFAC(model, groups, factor_interval=2, inverse_interval=3, damping=0.01)
+
+
+#: Which are trained; intervals of 2 and 3, so that steps without hooks come in between.
+BUILDS: dict[str, Build] = {
+    "kfac": lambda model: KFAC(model, factor_interval=2, inverse_interval=3, damping=0.01),
+    "factored": lambda model: KFAC(
+        model,
+        damping=0.02,
+        relative=True,
+        damping_form="factored",
+        factor_interval=1,
+        inverse_interval=2,
+        inner="sgd",
+        weight_decay=0.01,
+    ),
+    "mc": lambda model: KFAC(
+        model, fisher="mc", loss=CE, factor_interval=2, inverse_interval=2, damping=0.01, seed=3
+    ),
+    "ekfac": lambda model: KFAC(
+        model, eigen_corrected=True, factor_interval=1, inverse_interval=3, damping=0.01
+    ),
+    "ekfac, mc": lambda model: KFAC(
+        model,
+        eigen_corrected=True,
+        fisher="mc",
+        loss=CE,
+        dense_norms=True,
+        factor_interval=2,
+        inverse_interval=3,
+        damping=0.01,
+        kl_clip=None,
+        momentum=0.0,
+        lr=0.02,
+    ),
+    "reduce": lambda model: KFAC(
+        model, sharing="reduce", factor_interval=2, inverse_interval=2, damping=0.05, kl_clip=0.01
+    ),
+    "groups": _grouped,
+    "unclipped": lambda model: KFAC(
+        model, factor_interval=2, inverse_interval=3, damping=0.01, kl_clip=None
+    ),
+    "mkor": lambda model: MKOR(model, interval=2, vectors=3),
+    "mkor, means": lambda model: MKOR(
+        model, lr=0.05, inner="sgd", statistic="mean", interval=3, damping=0.1, weight_decay=0.01
+    ),
+    "mkor-h": lambda model: MKOR(
+        model, lr=0.02, interval=1, hybrid=True, cost=1.5, block=4, every=2, patience=1
+    ),
+}
+
+
+# --------------------------------------------------------------------------- ways to take a step
+def by_parts(opt: Any, model: Any, batch: Any) -> None:
+    """Two micro-batches, the first of which FSDP2 does not reduce."""
+    opt.zero_grad()
+    for i, part in enumerate(zip(*(t.chunk(2) for t in batch), strict=True)):
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(i == 1)
+        opt.backward(loss_of(model, part) / 2)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    opt.step()
+
+
+RUNS: dict[str, list[Callable[[Any, Any, Any], None]]] = {
+    "kfac": [by_closure, by_fsdp, by_backward, by_observe, by_own_backward, by_parts],
+    "mc": [by_closure, by_fsdp, by_backward],
+    "ekfac": [by_closure, by_fsdp, by_parts],
+    "mkor": [by_closure, by_fsdp, by_backward, by_parts],
+}
+
+
+def trained(rank: int, size: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Weights after some steps of each optimizer, in each way, and what was known of layers."""
+    found = {}
+    for name in names:
+        for way in RUNS.get(name, [by_closure]):
+            # means over keys of attention are zero but for rounding, which inverses would amplify
+            model = words(size, attends=name != "mkor, means")
+            hooks = hooks_of(model)
+            opt: Any = BUILDS[name](model)
+            for batch in data(rank, size):
+                way(opt, model, batch)
+            key = f"{name}, {way.__name__}"
+            found[key] = weights(model)
+            found[f"{key}, covered"] = torch.tensor(opt.coverage().percent, dtype=F64)
+            if isinstance(opt, KFAC):
+                for layer, own in opt.layers.items():
+                    found[f"{key}, {layer}"] = torch.cat([own.left.flatten(), own.right.flatten()])
+            assert opt.skipped == 0
+            opt.close()
+            assert hooks_of(model) == hooks
+            assert all(isinstance(p, DTensor) for p in model.parameters()) or size == 1
+    return found
+
+
+def hooks_of(model: nn.Module) -> list[list[int]]:
+    """Keys of the hooks of all modules, in order."""
+    return [
+        list(table)
+        for module in model.modules()
+        for table in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+
+
+def cut(rank: int, size: int) -> dict[str, Tensor]:
+    """Weights of a model that is cut along last axes without FSDP2, so that all passes gather."""
+    model = net() if size == 1 else cut_net()
+    opt = KFAC(model, factor_interval=2, inverse_interval=3, damping=0.01)
+    for x, y in data(rank, size):
+        opt.zero_grad()
+        with opt.gathering():
+            opt.backward(F.cross_entropy(model(x[:, :4].to(F64)), y % 3))
+        opt.step()
+    return {"cut": weights(model)}
+
+
+def changing(rank: int, size: int) -> dict[str, Any]:
+    """Parameters that freeze and thaw, a forward pass alone, and steps that are skipped."""
+    found = {}
+    for name in ("kfac", "mkor"):
+        model: Any = words(size)
+        opt = BUILDS[name](model)
+        first, second, third, fourth, last = data(rank, size)
+        model.norm.requires_grad_(False)
+        by_closure(opt, model, first)
+        model.norm.requires_grad_(True)
+        by_closure(opt, model, second)
+        model(third[0])  # leaves the root's parameters gathered
+        by_closure(opt, model, third)
+        before = weights(model)
+        loss_of(model, fourth).backward()
+        if rank == size - 1:
+            grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+            next(g for g in grads if g.numel()).view(-1)[0] = float("nan")
+        opt.step()
+        assert opt.skipped == 1
+        assert torch.equal(weights(model), before)
+        opt.zero_grad()
+        by_closure(opt, model, last)
+        found[name] = weights(model)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ state
+KEPT = ("kfac", "ekfac, mc", "mkor", "mkor-h")
+
+
+def saved(rank: int, size: int) -> dict[str, Any]:
+    """Whole states after three steps, and weights after all."""
+    found = {}
+    for name in KEPT:
+        model = words(size)
+        opt = BUILDS[name](model)
+        for batch in data(rank, size)[:3]:
+            by_closure(opt, model, batch)
+        state = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, opt.state_dict())
+        of_parameters = [t for t in tree_leaves(state["state"]) if isinstance(t, Tensor)]
+        assert of_parameters
+        assert size == 1 or all(isinstance(t, DTensor) for t in of_parameters)
+        twin = words(size)
+        twin.load_state_dict(model.state_dict())
+        other = BUILDS[name](twin)
+        other.load_state_dict(state)
+        found[name] = {"model": full(model.state_dict()), "opt": full(state)}
+        for batch in data(rank, size)[3:]:
+            by_closure(opt, model, batch)
+            by_closure(other, twin, batch)
+        assert torch.equal(weights(model), weights(twin)), name
+        found[name]["end"] = weights(model)
+    return found
+
+
+def resumed(rank: int, size: int, before: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights at the end, from whole states."""
+    found = {}
+    for name in KEPT:
+        model = words(1)
+        model.load_state_dict(before[name]["model"])
+        if size > 1:
+            fully_shard(model, mesh=mesh())
+        opt = BUILDS[name](model)
+        opt.load_state_dict(before[name]["opt"])
+        for batch in data(rank, size)[3:]:
+            by_closure(opt, model, batch)
+        found[name] = weights(model)
+    return found
+
+
+def checkpointed(rank: int, size: int, folder: str, writes: bool) -> dict[str, Tensor]:
+    """States that ``torch.distributed.checkpoint`` writes, or reads, and weights at the end."""
+    found = {}
+    for name in KEPT:
+        model = words(size)
+        opt = BUILDS[name](model)
+        steps = data(rank, size)
+        for batch in steps[:3] if writes else steps[1:4]:  # a state to be read into is needed
+            by_closure(opt, model, batch)
+        state = {"model": model.state_dict(), "opt": opt.state_dict()}
+        with warnings.catch_warnings():  # that nothing is initialized, in one process
+            warnings.simplefilter("ignore")
+            if writes:
+                dcp.save(state, checkpoint_id=Path(folder) / name)
+            else:
+                dcp.load(state, checkpoint_id=Path(folder) / name)
+                model.load_state_dict(state["model"])
+                opt.load_state_dict(state["opt"])
+        for batch in steps[3:]:
+            by_closure(opt, model, batch)
+        found[name] = weights(model)
+    return found
+
+
+# ----------------------------------------------------------------------------------- price
+def sent(rank: int, size: int) -> dict[str, Any]:
+    """How often a step sends the parameters, and the numbers in each of its sums."""
+    found = {}
+    for name, build in {
+        "kfac": lambda model: KFAC(model, factor_interval=2),
+        "mkor": lambda model: MKOR(model, interval=2),
+    }.items():
+        model = deep_net()
+        for layer in model:
+            fully_shard(layer, mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        opt, batch = build(model), (torch.ones(4, 8, dtype=F64), torch.arange(4))
+        by_closure(opt, model, batch)
+        numbers: list[int] = []
+        sums: list[int] = []
+        with transferred(numbers), counted(sums):
+            by_closure(opt, model, batch)  # no curvature is read
+        found[name] = (sum(numbers) / sum(p.numel() for p in model.parameters()), sums)
+    return found
+
+
+def held(rank: int, size: int) -> dict[str, Any]:
+    """Numbers of whole gradients that are held while layers ask for theirs, one after the other."""
+    model = deep_net()
+    model.append(nn.Sequential(nn.Linear(8, 64)).double())
+    fully_shard(model, mesh=mesh())
+    params = list(model.parameters())
+    sharding = Sharding(params)
+    slices = {id(p): torch.full_like(local(p), i) for i, p in enumerate(params)}
+    uses = [id(p) for p in params for _ in range(2)]  # each by two layers
+    wholes, most = WholeGradients(slices, uses, sharding), 0
+    for i, p in enumerate(params):
+        for _ in range(2):
+            whole = wholes.take(id(p))
+            assert torch.equal(whole, torch.full(p.shape, float(i), dtype=F64))
+            most = max(most, sum(t.numel() for t in wholes.kept))
+        assert wholes.done(id(p))
+        assert torch.equal(wholes.part(id(p), whole), slices[id(p)])
+    return {"most": most, "left": len(wholes.kept), "largest": max(p.numel() for p in params)}
+
+
+def mixed(rank: int, size: int) -> dict[str, Any]:
+    """Losses of float32 models that compute in bfloat16, and whether the factors are alike."""
+    found: dict[str, Any] = {}
+    for name in ("kfac", "mc", "mkor"):
+        model: Any = words(1).float()
+        if size > 1:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+            fully_shard(model, mesh=mesh(), mp_policy=policy)
+        opt: Any = BUILDS[name](model)
+        batch = data(rank, size)[0]
+        by_fsdp(opt, model, batch)
+        assert opt.skipped == 0
+        if name == "mkor":
+            found[name] = opt.inverses["block.0"].left.diagonal.double()
+        else:
+            found[name] = opt.layers["block.0"].right.double()
+        state = tree_leaves(opt.state_dict()["state"])
+        assert all(t.dtype == torch.float32 for t in state if isinstance(t, Tensor))
+    return found
+
+
+# ------------------------------------------------------------------------------------- refusals
+def refusals(rank: int, size: int) -> dict[str, str]:
+    """What is refused, and how; on all ranks alike."""
+    methods: dict[str, Any] = {"kfac": KFAC, "mkor": MKOR}
+    alone = [dist.new_group([r]) for r in range(size)][rank]
+    found = {}
+    for name, method in methods.items():
+        model, whole = sharded_net(), net()
+        opt = method(model)
+
+        def hybrid(method: Any = method) -> None:
+            other = net()
+            fully_shard(
+                other, mesh=DeviceMesh("cpu", [[0], [1]], mesh_dim_names=("replicas", "shards"))
+            )
+            method(other)
+
+        def parallel(method: Any = method) -> None:
+            other = nn.Sequential(nn.Linear(4, 6)).double()
+            parallelize_module(other, mesh(), {"0": ColwiseParallel()})
+            method(other)
+
+        def beside(method: Any = method) -> None:
+            other: Any = net()
+            fully_shard(other, mesh=mesh(), ignored_params={other[0].weight})
+            method(other)
+
+        def gathered(method: Any = method, model: Any = model) -> None:
+            model(torch.ones(2, 4, dtype=F64))
+            method(model)
+
+        def late(opt: Any = opt, whole: Any = whole) -> None:
+            opt.add_param_group({"params": whole.parameters()})
+
+        def foreign(method: Any = method, model: Any = model) -> None:
+            method(model, process_group=alone)
+
+        def other_state(method: Any = method, model: Any = model) -> None:
+            state = method(model).state_dict()
+            p = next(model.parameters())
+            turned = DTensor.from_local(p.to_local(), DeviceMesh("cpu", [1, 0]), p.placements)
+            state["state"] = {0: {"momentum": turned}}
+            method(model).load_state_dict(state)
+
+        cases: dict[str, Callable[[], Any]] = {
+            "hybrid": hybrid,
+            "parallel": parallel,
+            "beside": beside,
+            "gathered": gathered,
+            "late": late,
+            "foreign": foreign,
+            "other state": other_state,
+        }
+        for case, call in cases.items():
+            found[f"{name}, {case}"] = said(call)
+            reshard(model)
+        x, y = torch.ones(2, 4, dtype=F64), torch.tensor([0, 1])
+        before = weights(model)
+        by_closure(opt, model, (x, y))  # nothing of this did harm
+        assert not torch.equal(weights(model), before)
+        assert len(opt.param_groups) == 1
+    found["unfollowed"] = said(lambda: Plain(sharded_net().parameters(), {}))
+    return found
+
+
+class Plain(CurvatureOptimizer):
+    """A method that says nothing of sharded parameters."""
+
+    def _update(self, gradients: Any) -> bool | None:
+        raise NotImplementedError
