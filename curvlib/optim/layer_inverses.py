@@ -12,9 +12,9 @@ from torch import Tensor
 from curvlib.operators.layers.factored import FactoredLayer
 from curvlib.operators.layers.vectors import vectors as vectors_of
 from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.layer_shares import Job, LayerShares, cost_of
 from curvlib.optim.rules.mkor import Inverse, init, norm_matched, preconditioned, update
 from curvlib.optim.sharding import Sharding
-from curvlib.optim.whole_gradients import WholeGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def directions(
     """Gradients, preconditioned where a layer's inverses reach, by ``id`` of the parameter.
 
     The gradient of each layer keeps its norm, weight and bias together. Of sharded parameters, it
-    is gathered, preconditioned whole on every rank, and cut again.
+    is preconditioned whole on one of the ranks.
 
     Args:
         layers: Layers, and where their matrices lie.
@@ -151,32 +151,35 @@ def directions(
         sharding: How parameters and gradients are cut, if they are.
     """
     covered = []
+    dtypes: dict[int, torch.dtype] = {}
     for layer, places in layers:
         keys = {n: id(params[n]) for n in layer.names if id(params[n]) in gradients}
         own = inverses.get(layer.name)
         if not keys or own is None or not own.fits(layer):
             continue
         covered.append((layer, places, keys, own))
-    uses = [key for _, _, keys, _ in covered for key in keys.values()]
-    wholes = WholeGradients(gradients, uses, sharding)
-    out, open_ = dict(gradients), dict[int, Tensor]()
-    for layer, places, keys, own in covered:
+        for key in keys.values():
+            dtypes.setdefault(key, own.tensors[-1].dtype)
+    jobs = [Job(tuple(keys.values()), cost_of(layer.shape)) for layer, _, keys, _ in covered]
+    shares = LayerShares(jobs, gradients, sharding)
+    made: dict[int, Tensor] = {}
+    for number, (layer, places, keys, own) in enumerate(covered):
+        if not shares.mine(number):
+            continue
         dtype = own.tensors[-1].dtype
-        present = {n: wholes.take(key) for n, key in keys.items()}
+        present = {n: shares.whole[key] for n, key in keys.items()}
         matrix = places.read(present, dtype)
         found = preconditioned(matrix, own.left, own.right)
         if len(keys) < len(layer.names):
             found = found * places.read({n: torch.ones_like(g) for n, g in present.items()}, dtype)
         (found,) = norm_matched([found], [matrix])
-        for n, key in keys.items():
-            if key not in open_:
-                whole = present[n]
-                open_[key] = whole.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        places.write(found, {n: open_[key] for n, key in keys.items()})
         for key in keys.values():
-            if wholes.done(key):
-                out[key] = wholes.part(key, open_.pop(key))
-    return out
+            if key not in made:
+                made[key] = shares.whole[key].to(
+                    dtypes[key], copy=True, memory_format=torch.contiguous_format
+                )
+        places.write(found, {n: made[key] for n, key in keys.items()})
+    return {**gradients, **shares.parts(made, dtypes)}
 
 
 def cost_of_steps(

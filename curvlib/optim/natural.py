@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from curvlib.operators.layers.factored import FactoredLayer
 from curvlib.optim.layer_curvature import LayerCurvature
 from curvlib.optim.layer_places import LayerPlaces
+from curvlib.optim.layer_shares import Job, LayerShares, cost_of
 from curvlib.optim.rules.kfac import (
     factored_inverses,
     inverted,
@@ -19,7 +21,6 @@ from curvlib.optim.rules.kfac import (
     preconditioned_by,
 )
 from curvlib.optim.sharding import Sharding
-from curvlib.optim.whole_gradients import WholeGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,55 +56,54 @@ def natural_gradients(
 ) -> dict[int, Tensor]:
     """Preconditioned gradients by ``id`` of the parameter, of parameters that are covered wholly.
 
-    Of sharded parameters, slices of them: a layer's gradient is gathered, preconditioned whole on
-    every rank, and cut again.
+    Of sharded parameters, slices of them: each layer's gradient is preconditioned whole on one of
+    the ranks.
 
     Args:
         layers: The layers.
         params: All parameters, by name.
         members: Those with a gradient, by ``id``.
         curvature: Of the layers where it is known.
-        inverses: Inverses that are known; others are added.
+        inverses: Inverses that are known; others that this rank needs are added.
         relative: Whether damping is.
         factored: Whether damping is split between the factors.
         dtype: Of the natural gradients.
         sharding: How parameters and gradients are cut, if they are.
     """
-    covered = []
+    covered: list[tuple[FactoredLayer, LayerPlaces, dict[str, int]]] = []
+    entries = Counter[int]()
     for layer, places in layers:
         ids = {name: id(params[name]) for name in layer.names if id(params[name]) in members}
         known = curvature.get(layer.name)
-        if known is None or not ids or not known.fits(layer.shape):
+        if known is not None and ids and known.fits(layer.shape):
+            covered.append((layer, places, ids))
+            entries.update({key: places.sizes[name] for name, key in ids.items()})
+    # of attention's projections, all are known or none is used
+    shapes = {id(p): p.shape for p in params.values()}
+    wholly = {key: dtype for key, count in entries.items() if count == shapes[key].numel()}
+    jobs = [Job(tuple(ids.values()), cost_of(layer.shape)) for layer, _, ids in covered]
+    gradients = {key: member.gradient for key, member in members.items()}
+    shares = LayerShares(jobs, gradients, sharding)
+    made: dict[int, Tensor] = {}
+    for number, (layer, places, ids) in enumerate(covered):
+        if not shares.mine(number):
             continue
-        covered.append((layer.name, places, ids, known))
-    uses = [key for _, _, ids, _ in covered for key in ids.values()]
-    wholes = WholeGradients({key: m.gradient for key, m in members.items()}, uses, sharding)
-    open_: dict[int, Tensor] = {}
-    entries: dict[int, int] = {}
-    found: dict[int, Tensor] = {}
-    for layer_name, places, ids, known in covered:
+        known = curvature[layer.name]
         damping = float(members[next(iter(ids.values()))].group["damping"])
-        inverse = inverses.get(layer_name)
+        inverse = inverses.get(layer.name)
         if inverse is None or inverse[0] != damping:
             inverse = (damping, _inverses(known, damping, relative=relative, factored=factored))
-            inverses[layer_name] = inverse
-        matrix = places.read({name: wholes.take(key) for name, key in ids.items()}, dtype)
+            inverses[layer.name] = inverse
+        matrix = places.read({name: shares.whole[key] for name, key in ids.items()}, dtype)
         if factored:
             matrix = preconditioned_by(matrix, *inverse[1])
         else:
             matrix = preconditioned(matrix, *known.basis, *inverse[1])
-        for name, key in ids.items():
-            if key not in open_:
-                shape = params[name].shape
-                open_[key] = torch.empty(shape, dtype=dtype, device=matrix.device)
-            entries[key] = entries.get(key, 0) + places.sizes[name]
-        places.write(matrix, {name: open_[key] for name, key in ids.items()})
         for key in ids.values():
-            if wholes.done(key):
-                whole = open_.pop(key)
-                if entries[key] == whole.numel():  # of attention's projections, all are known
-                    found[key] = wholes.part(key, whole)
-    return found
+            if key not in made:
+                made[key] = torch.empty(shapes[key], dtype=dtype, device=matrix.device)
+        places.write(matrix, {name: made[key] for name, key in ids.items()})
+    return shares.parts({key: whole for key, whole in made.items() if key in wholly}, wholly)
 
 
 def _inverses(

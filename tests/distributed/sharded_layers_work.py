@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from curvlib.core.ranks.group import Group
 from curvlib.core.ranks.places import reshard
 from curvlib.optim import KFAC, MKOR
+from curvlib.optim.layer_shares import Job, LayerShares
 from curvlib.optim.sharding import Sharding
 from curvlib.optim.shell import CurvatureOptimizer
-from curvlib.optim.whole_gradients import WholeGradients
 from tests.distributed.sharded_optim_work import (
     by_backward,
     by_closure,
@@ -42,7 +44,6 @@ from tests.distributed.sharded_work import (
     mesh,
     said,
     sharded_net,
-    transferred,
 )
 from tests.distributed.work import F64, net
 
@@ -75,12 +76,12 @@ class Words(nn.Module):
         return out
 
 
-def words(size: int, *, attends: bool = True) -> nn.Module:
+def words(size: int, *, attends: bool = True, sharded: bool | None = None) -> Any:
     """The model, in units that no number of ranks divides, if there are several."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = Words(attends).double()
-    if size > 1:
+    if size > 1 if sharded is None else sharded:
         for unit in (model.norm, model.block, model.idle, model):
             fully_shard(unit, mesh=mesh())
     return model
@@ -99,10 +100,10 @@ def data(rank: int, size: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]
 Build = Callable[[nn.Module], CurvatureOptimizer]
 
 
-def _grouped(model: nn.Module) -> KFAC:
+def _grouped(model: Any) -> KFAC:
     """Two groups that are clipped apart; attention is in neither."""
-    some = [*model.embed.parameters(), *model.norm.parameters(), model.scale]  # type: ignore[misc, operator, union-attr, list-item]
-    rest = [*model.block.parameters(), model.head.bias]  # type: ignore[operator, union-attr, list-item]
+    some = [*model.embed.parameters(), *model.norm.parameters(), model.scale]
+    rest = [*model.block.parameters(), model.head.bias]
     groups = [
         {"params": some, "kl_clip": 1e-4, "lr": 0.05},
         {"params": rest, "damping": 0.03, "momentum": 0.0},
@@ -210,6 +211,22 @@ def hooks_of(model: nn.Module) -> list[list[int]]:
         for module in model.modules()
         for table in (module._forward_pre_hooks, module._forward_hooks)
     ]
+
+
+def alone(rank: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weights of whole parameters, and of those that FSDP2 shards on one rank."""
+    found = {}
+    for name in ("kfac", "ekfac, mc", "mkor"):
+        ends = []
+        for sharded in (False, True):
+            model = words(1, sharded=sharded)
+            opt = BUILDS[name](model)
+            for batch in data(rank, size)[:3]:
+                by_closure(opt, model, batch)
+            assert isinstance(next(model.parameters()), DTensor) == sharded
+            ends.append(weights(model))
+        found[name] = (ends[0], ends[1])
+    return found
 
 
 def cut(rank: int, size: int) -> dict[str, Tensor]:
@@ -322,7 +339,7 @@ def checkpointed(rank: int, size: int, folder: str, writes: bool) -> dict[str, T
 
 # ----------------------------------------------------------------------------------- price
 def sent(rank: int, size: int) -> dict[str, Any]:
-    """How often a step sends the parameters, and the numbers in each of its sums."""
+    """What a rank sends of gradients in a step, in slices, and the numbers in each of its sums."""
     found = {}
     for name, build in {
         "kfac": lambda model: KFAC(model, factor_interval=2),
@@ -336,30 +353,56 @@ def sent(rank: int, size: int) -> dict[str, Any]:
         by_closure(opt, model, batch)
         numbers: list[int] = []
         sums: list[int] = []
-        with transferred(numbers), counted(sums):
+        with exchanged(rank, numbers), counted(sums):
             by_closure(opt, model, batch)  # no curvature is read
-        found[name] = (sum(numbers) / sum(p.numel() for p in model.parameters()), sums)
+        here = sum(local(p).numel() for p in model.parameters())
+        found[name] = ([n / here for n in numbers], sums)
     return found
 
 
+@contextmanager
+def exchanged(rank: int, numbers: list[int]) -> Iterator[None]:
+    """Notes how many numbers go to other ranks in each exchange."""
+    plain = Group.exchanged
+
+    def noted(self: Group, parts: Any, lengths: Any) -> Any:
+        numbers.append(sum(len(part) for r, part in enumerate(parts) if r != rank))
+        return plain(self, parts, lengths)
+
+    Group.exchanged = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Group.exchanged = plain  # type: ignore[method-assign]
+
+
 def held(rank: int, size: int) -> dict[str, Any]:
-    """Numbers of whole gradients that are held while layers ask for theirs, one after the other."""
-    model = deep_net()
+    """Numbers of whole gradients that a rank holds, and slices of what ranks have made of them."""
+    model: Any = deep_net()
     model.append(nn.Sequential(nn.Linear(8, 64)).double())
     fully_shard(model, mesh=mesh())
     params = list(model.parameters())
     sharding = Sharding(params)
-    slices = {id(p): torch.full_like(local(p), i) for i, p in enumerate(params)}
-    uses = [id(p) for p in params for _ in range(2)]  # each by two layers
-    wholes, most = WholeGradients(slices, uses, sharding), 0
+    slices = {id(p): torch.full_like(local(p), i + 1) for i, p in enumerate(params)}
+    pairs = zip(params[::2], params[1::2], strict=True)
+    jobs = [Job((id(weight), id(bias)), float(weight.numel())) for weight, bias in pairs]
+    shares = LayerShares(jobs, slices, sharding)
     for i, p in enumerate(params):
-        for _ in range(2):
-            whole = wholes.take(id(p))
-            assert torch.equal(whole, torch.full(p.shape, float(i), dtype=F64))
-            most = max(most, sum(t.numel() for t in wholes.kept))
-        assert wholes.done(id(p))
-        assert torch.equal(wholes.part(id(p), whole), slices[id(p)])
-    return {"most": most, "left": len(wholes.kept), "largest": max(p.numel() for p in params)}
+        if id(p) in shares.whole:
+            assert torch.equal(shares.whole[id(p)], torch.full(p.shape, i + 1.0, dtype=F64))
+    assert {
+        id(p) for i in range(len(jobs)) if shares.mine(i) for p in params[2 * i : 2 * i + 2]
+    } == {*shares.whole}
+    dtypes = {id(p): (torch.float32, F64)[i % 2] for i, p in enumerate(params)}
+    made = {key: (whole + rank).to(dtypes[key]) for key, whole in shares.whole.items()}
+    parts = shares.parts(made, dtypes)
+    own = {n for n in range(len(jobs)) if shares.mine(n)}
+    for i, p in enumerate(params):
+        mine, part = i // 2 in own, parts[id(p)]
+        assert part.dtype == dtypes[id(p)]
+        assert part.shape == local(p).shape
+        assert not part.numel() or mine == bool((part == i + 1 + rank).all())
+    return {"held": sum(t.numel() for t in shares.whole.values()), "jobs": sorted(own)}
 
 
 def mixed(rank: int, size: int) -> dict[str, Any]:

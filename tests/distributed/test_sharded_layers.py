@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from curvlib.optim.layer_shares import Job, owners_of
 from tests.distributed import sharded_layers_work as work
 from tests.distributed.test_sharded_optim import require_alike
 from tests.problems import error
@@ -39,6 +43,12 @@ def test_models_that_are_cut_without_fsdp(size: int) -> None:
     require_alike(on_ranks(WORK + "cut", size), work.cut(0, 1))
 
 
+def test_fsdp_in_one_process() -> None:
+    (found,) = on_ranks(WORK + "alone", 1)
+    for name, (whole, sharded) in found.items():
+        assert error(sharded, whole) < 1e-10, name
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_freezes_and_thaws_and_steps_that_are_skipped(size: int) -> None:
     require_alike(on_ranks(WORK + "changing", size), work.changing(0, 1))
@@ -64,16 +74,37 @@ def test_distributed_checkpoints_go_on_with_any_number_of_ranks(tmp_path: Path) 
 
 def test_what_steps_send() -> None:
     for found in on_ranks(WORK + "sent", 2):
-        # gradients once, the padding of slices aside; whether all is finite, and inner products
-        assert found["kfac"] == (1.0, [1, 20])
-        # whether gradients are finite, and changes
-        assert found["mkor"] == (1.0, [1, 1])
+        # half of the slices to the other rank, and half of the other's back; in sums, whether all
+        # is finite, and inner products
+        assert found["kfac"] == ([0.5, 0.5], [1, 20])
+        # whether gradients are finite, and whether changes are
+        assert found["mkor"] == ([0.5, 0.5], [1, 1])
 
 
-def test_few_whole_gradients_are_held() -> None:
-    for found in on_ranks(WORK + "held", 2):
-        assert found["left"] == 0
-        assert found["largest"] <= found["most"] <= 2 * found["largest"]
+def test_layers_are_divided_among_ranks() -> None:
+    found = on_ranks(WORK + "held", 2)
+    assert found[0]["jobs"] == [8, 10]  # the last is as large as eight others
+    assert found[1]["jobs"] == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert [of["held"] for of in found] == [64 * 8 + 64 + 72, 9 * 72]
+
+
+@given(st.data())
+def test_what_shares_a_parameter_is_one_ranks(data: st.DataObject) -> None:
+    keys = st.lists(st.integers(0, 12), min_size=1, max_size=3)
+    costs = st.floats(0.1, 10.0)
+    pairs = data.draw(st.lists(st.tuples(keys, costs), max_size=12))
+    ranks = data.draw(st.integers(1, 4))
+    jobs = [Job(tuple(own), cost) for own, cost in pairs]
+    owners = owners_of(jobs, ranks)
+    assert len(owners) == len(jobs)
+    assert {*owners} <= {*range(ranks)}
+    for (one, a), (other, b) in itertools.combinations(zip(jobs, owners, strict=True), 2):
+        assert a == b or not {*one.keys} & {*other.keys}
+    if len({key for job in jobs for key in job.keys}) == sum(len(job.keys) for job in jobs):
+        loads = [
+            sum(j.cost for j, o in zip(jobs, owners, strict=True) if o == r) for r in range(ranks)
+        ]
+        assert max(loads) <= sum(loads) / ranks + max((j.cost for j in jobs), default=0.0)
 
 
 def test_mixed_precision_of_fsdp() -> None:

@@ -108,6 +108,20 @@ class Group:
         out: Tensor = self._call("joined", block.contiguous(), "a gathering of a sharded tensor")
         return out
 
+    def exchanged(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """What each rank has for this one, ``[n]`` each, in the order of ranks.
+
+        Args:
+            parts: What this rank has for each, ``[n]`` of one type on one device; ``n`` may be 0.
+            lengths: How much each rank has for this one.
+        """
+        sent = torch.cat(list(parts))
+        out = sent.new_empty(sum(lengths))
+        given = [len(part) for part in parts]
+        with self._answered("an exchange of slices"):
+            dist.all_to_all_single(out, sent, list(lengths), given, group=self.process_group)
+        return list(out.split(list(lengths)))
+
     def own_sum(self, blocks: Tensor) -> Tensor:
         """This rank's block ``[c, ...]`` of the sum over ranks of ``[R c, ...]``."""
         what, rows = "a sum of a sharded tensor", len(blocks) // self.size
