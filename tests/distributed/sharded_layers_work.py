@@ -246,13 +246,17 @@ def changing(rank: int, size: int) -> dict[str, Any]:
     found = {}
     for name in ("kfac", "mkor"):
         model: Any = words(size)
-        opt = BUILDS[name](model)
-        first, second, third, fourth, last = data(rank, size)
         model.norm.requires_grad_(False)
+        opt: Any = BUILDS[name](model)
+        first, second, third, fourth, last = data(rank, size)
         by_closure(opt, model, first)
+        opt.zero_grad()
+        loss_of(model, second).backward()
+        model(second[0])  # leaves the root's parameters gathered
         model.norm.requires_grad_(True)
-        by_closure(opt, model, second)
-        model(third[0])  # leaves the root's parameters gathered
+        opt.step()
+        model(third[0])
+        found[f"{name}, covered"] = torch.tensor(opt.coverage().percent, dtype=F64)
         by_closure(opt, model, third)
         before = weights(model)
         loss_of(model, fourth).backward()
