@@ -5,6 +5,13 @@ that the user's own backward pass brings: no pass is added (``fisher="mc"`` adds
 labels). Every ``inverse_interval`` steps the averaged factors are decomposed. In between, a step
 costs four small matrix products for each layer, and there are no hooks on the model. Formulas:
 :mod:`curvlib.optim.rules.kfac`; scale: :mod:`curvlib.operators.layers.recorded`.
+
+Sharded parameters (FSDP2). Hooks see whole activations of a rank's own batch in FSDP2's own passes,
+so sums are those of data-parallel replicas: with :math:`F = \sum_l G (O^2 + I^2)` over layers, a
+rank sends :math:`2 s F (R - 1) / R` bytes in a step with factors. Factors are whole on every rank:
+averages and eigenvectors :math:`2 s F` (E-KFAC's eigenvalues :math:`s P` more), and :math:`2 s F`
+for the sums of such a step. Momentum is of slices. The products of a step are divided among ranks
+by layers (:mod:`curvlib.optim.layer_shares`); inverse eigenvalues are :math:`s P / R`.
 """
 
 from __future__ import annotations
@@ -13,7 +20,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -27,7 +33,7 @@ from curvlib.optim.inner_steps import RULES, inner_steps
 from curvlib.optim.layer_curvature import LayerCurvature, advanced
 from curvlib.optim.layer_sums import add_pass, batch_curvature, zero_sums
 from curvlib.optim.layer_watch import LayerWatch, none_seen
-from curvlib.optim.natural import Inverse, Member, natural_gradients, step_along
+from curvlib.optim.natural import Inverse, Member, inner_products, natural_gradients, step_along
 from curvlib.optim.persistence import restored
 from curvlib.optim.rules.kfac import kl_scale
 from curvlib.optim.shell import CurvatureOptimizer
@@ -105,7 +111,8 @@ class KFAC(CurvatureOptimizer):
         maximize: Whether the loss is maximized.
         seed: Of the sampled labels, which depend on the seed, the step and the example alone.
         process_group: Replicas of data-parallel training; the default group if
-            ``torch.distributed`` is initialized.
+            ``torch.distributed`` is initialized. Where parameters are sharded, the ranks of their
+            mesh.
 
     Attributes:
         layers: What is known of each layer, by name.
@@ -120,6 +127,7 @@ class KFAC(CurvatureOptimizer):
     plain ``backward`` the scale is not known.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.zeros_(model.weight)
         >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0], [-2.0]])
@@ -319,17 +327,9 @@ class KFAC(CurvatureOptimizer):
             dtype=recorder.dtype,
             sharding=self.sharding,
         )
-        products = {
-            key: torch.dot(v.view(-1), members[key].gradient.reshape(-1).to(v.dtype))
-            for key, v in natural.items()
-        }
-        numbers = torch.stack(list(products.values())) if products else None
-        if numbers is not None and self.sharding is not None:
-            numbers = self.sharding.sum(numbers)  # over slices
-        known_products = [] if numbers is None else numbers.tolist()
-        if not all(map(math.isfinite, known_products)):
+        along = inner_products(natural, members, self.sharding)
+        if not all(map(math.isfinite, along.values())):
             return False
-        along = dict(zip(products, known_products, strict=True))
         left = {key: m.gradient for key, m in members.items() if key not in natural}
         rest = [
             part

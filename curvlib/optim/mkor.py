@@ -17,6 +17,10 @@ plain AdamW, means gained somewhat more than half of what signs did.
 
 *MKOR-H* (``hybrid=True``) tries first-order steps now and then, and takes them for good once they
 pay more (:mod:`curvlib.optim.rules.hybrid`). The trials have a price: one step in ``every``.
+
+Sharded parameters (FSDP2). Sums over rows are those of data-parallel replicas, and inverses are
+whole on every rank, as is the work of their updates; the inner optimizer's state is of slices. The
+products of a step are divided among ranks by layers (:mod:`curvlib.optim.layer_shares`).
 """
 
 from __future__ import annotations
@@ -86,7 +90,8 @@ class MKOR(CurvatureOptimizer):
         maximize: Whether the loss is maximized.
         seed: Of signs.
         process_group: Replicas of data-parallel training; the default group if
-            ``torch.distributed`` is initialized.
+            ``torch.distributed`` is initialized. Where parameters are sharded, the ranks of their
+            mesh.
 
     Attributes:
         inverses: Those of the left and right sides of layers, by name; sides that are too long, or

@@ -114,6 +114,29 @@ def _inverses(
     return factored_inverses(*known.sides(), damping, relative=relative)
 
 
+def inner_products(
+    directions: Mapping[int, Tensor], members: Mapping[int, Member], sharding: Sharding | None
+) -> dict[int, float]:
+    """Inner products of directions with gradients, by ``id``; the same bits on all ranks.
+
+    Args:
+        directions: By ``id`` of the parameter.
+        members: Parameters with a gradient, these at least.
+        sharding: How both are cut, if they are.
+    """
+    if not directions:
+        return {}
+    numbers = torch.stack(
+        [
+            torch.dot(v.view(-1), members[key].gradient.reshape(-1).to(v.dtype))
+            for key, v in directions.items()
+        ]
+    )
+    if sharding is not None:
+        numbers = sharding.sum(numbers)  # over slices
+    return dict(zip(directions, numbers.tolist(), strict=True))
+
+
 def step_along(
     params: list[Tensor],
     directions: list[Tensor],

@@ -8,7 +8,8 @@ ranks.
 FSDP2's own hooks free parameters that a second derivative needs. A pass whose curvature is read
 goes through the model with them off (:mod:`curvlib.core.ranks.sharded`), so that
 ``torch.autograd.grad`` by the slices gives sums over ranks, to any order; a
-``MixedPrecisionPolicy`` is not applied then. All other passes are FSDP2's own.
+``MixedPrecisionPolicy`` is not applied then. All other passes are FSDP2's own, also those in which
+layers are watched.
 
 In ``state_dict()``, what is cut like a parameter is a ``DTensor`` too, so that
 ``torch.distributed.checkpoint`` writes each rank's slice, and any number of ranks reads them (into
@@ -237,8 +238,7 @@ def sharding_of(
     if cut and needs:
         raise ValueError(
             f"{UNFOLLOWED}: parameter {cut[0]} is a DTensor, and {needs} needs it whole; wrap the "
-            "model in DistributedDataParallel, or use AdaHessian, Sophia, MFAC, or NewtonCG on a "
-            "risk"
+            "model in DistributedDataParallel, or use an optimizer of curvlib.optim"
         )
     return Sharding(params, process_group) if cut else None
 

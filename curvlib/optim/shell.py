@@ -29,7 +29,7 @@ scale)`` for the value of each loss; and for methods that watch the user's own p
 A method that sets ``follows_shards`` takes sharded parameters: it writes to ``self.own(p)``, this
 rank's slice, of whose shape gradients, curvature and state are, and sums and decides with all ranks
 (``self.sharding``, ``self.finite``). One that watches layers unsets ``differentiates``: FSDP2's own
-passes serve it, and what is pending is each rank's, of layers, to be summed.
+passes will do, and what is pending is of this rank's batch.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     #: Whether the method steps slices of parameters.
     follows_shards = False
-    #: Whether curvature is made of derivatives by parameters; where these are sharded, passes whose
-    #: curvature is read then gather them, and what comes out are slices of sums over ranks.
+    #: Whether curvature is made of derivatives by parameters, slices of which are sums over ranks.
     differentiates = True
 
     def __init__(
@@ -232,6 +231,7 @@ class CurvatureOptimizer(Optimizer, ABC):
 
         ``step(closure)`` enters it by itself. It does nothing unless parameters are sharded: then
         FSDP2's hooks are off within, so that second derivatives exist. Ranks enter it together.
+        Methods that watch layers do without it.
         """
         return nullcontext() if self.sharding is None else self.sharding.gathering()
 
@@ -317,7 +317,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         due = self._due()
         if due and not self.pending and self.clock.curvature_updates == 0:
             self._missing()
-        if (due or self.pending) and not (self.differentiates and self.sharding):
+        if (due or self.pending) and (self.sharding is None or not self.differentiates):
             self.pending = sum_over_ranks(self.pending, self.process_group)
         read = [*(g for group in gradients for g in group), *self.pending.values()]
         return self.finite(read) and self._update(gradients) is not False

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import curvlib as cl
 from curvlib.core.ranks.places import reshard
-from curvlib.optim import KFAC, MFAC, MKOR, AdaHessian, NewtonCG, Sophia
+from curvlib.optim import MFAC, AdaHessian, NewtonCG, Sophia
 from curvlib.optim.shell import CurvatureOptimizer
 from tests.distributed.sharded_work import (
     counted,
@@ -420,8 +420,6 @@ def refusals(rank: int, size: int) -> dict[str, str]:
         "kernels": lambda: AdaHessian([_cut_kernel()]),
         "tensors": lambda: rowed({"window": "tensor"}),
         "compressed": lambda: rowed({"compression": 0.5}),
-        "kfac": lambda: KFAC(model),
-        "mkor": lambda: MKOR(model),
         "group": lambda: AdaHessian(model.parameters(), process_group=alone),
         "foreign state": foreign,
     }

@@ -88,8 +88,6 @@ REFUSED = {
     "kernels": "blocks of block_size=None of a parameter .* use block_size=1$",
     "tensors": "windows of tensors, and compressed ones, need whole gradients",
     "compressed": "use window='group' without compression=",
-    "kfac": "parameter 0 is a DTensor, and KFAC needs it whole",
-    "mkor": "parameter 0 is a DTensor, and MKOR needs it whole",
     "group": "spread over ranks",
     "foreign state": "the state of parameter 0 is spread over ranks",
 }
