@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curvlib.optim.layer_shares import Job, owners_of
+from tests.distributed import sharded_layers_limits as limits
 from tests.distributed import sharded_layers_work as work
 from tests.distributed.test_sharded_optim import require_alike
 from tests.problems import error
 from tests.ranks import on_ranks
 
 WORK = "tests.distributed.sharded_layers_work:"
+LIMITS = "tests.distributed.sharded_layers_limits:"
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -41,6 +43,19 @@ def test_the_model_is_one_that_clips_and_where_settings_matter() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_models_that_are_cut_without_fsdp(size: int) -> None:
     require_alike(on_ranks(WORK + "cut", size), work.cut(0, 1))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_recurrent_networks_and_convolutions(size: int) -> None:
+    expected = work.kinds(0, 1)
+    assert all(value > 90 for name, value in expected.items() if name.endswith("kfac, covered"))
+    require_alike(on_ranks(WORK + "kinds", size), expected)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_changes_that_are_not_finite_on_one_rank_are_made_on_none(size: int) -> None:
+    for found in (work.overflowing(0, 1), *on_ranks(WORK + "overflowing", size)):
+        assert found["unchanged"]
 
 
 def test_fsdp_in_one_process() -> None:
@@ -73,7 +88,7 @@ def test_distributed_checkpoints_go_on_with_any_number_of_ranks(tmp_path: Path) 
 
 
 def test_what_steps_send() -> None:
-    for found in on_ranks(WORK + "sent", 2):
+    for found in on_ranks(LIMITS + "sent", 2):
         # half of the slices to the other rank, and half of the other's back; in sums, whether all
         # is finite, and inner products
         assert found["kfac"] == ([0.5, 0.5], [1, 20])
@@ -82,7 +97,7 @@ def test_what_steps_send() -> None:
 
 
 def test_layers_are_divided_among_ranks() -> None:
-    found = on_ranks(WORK + "held", 2)
+    found = on_ranks(LIMITS + "held", 2)
     assert found[0]["jobs"] == [8, 10]  # the last is as large as eight others
     assert found[1]["jobs"] == [0, 1, 2, 3, 4, 5, 6, 7, 9]
     assert [of["held"] for of in found] == [64 * 8 + 64 + 72, 9 * 72]
@@ -108,8 +123,8 @@ def test_what_shares_a_parameter_is_one_ranks(data: st.DataObject) -> None:
 
 
 def test_mixed_precision_of_fsdp() -> None:
-    expected = work.mixed(0, 1)
-    for found in on_ranks(WORK + "mixed", 2):
+    expected = limits.mixed(0, 1)
+    for found in on_ranks(LIMITS + "mixed", 2):
         for name, value in expected.items():
             assert torch.isfinite(found[name]).all()
             if name != "mkor":  # whose signs depend on every bit
@@ -132,7 +147,7 @@ def test_what_is_not_followed_is_refused_on_all_ranks() -> None:
         f"{method}, {case}": t for method in ("kfac", "mkor") for case, t in REFUSED.items()
     }
     expected["unfollowed"] = "parameter 0 is a DTensor, and Plain needs it whole"
-    for found in on_ranks(WORK + "refusals", 2):
+    for found in on_ranks(LIMITS + "refusals", 2):
         assert found.keys() == expected.keys()
         for name, text in expected.items():
             with pytest.raises(Exception, match=text):
