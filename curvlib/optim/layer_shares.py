@@ -12,6 +12,7 @@ layer at least; gathered on every rank, they would be :math:`R / 2` times the tr
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,24 +154,28 @@ def owners_of(jobs: Sequence[Job], ranks: int) -> list[int]:
         >>> owners_of(jobs, 2)
         [1, 0, 1, 1]
     """
-    together: list[tuple[set[int], list[int]]] = []
+    parent = list(range(len(jobs)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = number = parent[parent[number]]
+        return number
+
+    first: dict[int, int] = {}
     for number, job in enumerate(jobs):
-        keys, numbers = set(job.keys), [number]
-        apart = []
-        for others, members in together:
-            if others & keys:
-                keys, numbers = keys | others, members + numbers
-            else:
-                apart.append((others, members))
-        together = [*apart, (keys, numbers)]
-    sums = [(sum(jobs[i].cost for i in numbers), min(numbers), numbers) for _, numbers in together]
-    loads, owners = [0.0] * ranks, [0] * len(jobs)
-    for cost, _, numbers in sorted(sums, key=lambda found: (-found[0], found[1])):
-        rank = loads.index(min(loads))
-        loads[rank] += cost
-        for number in numbers:
-            owners[number] = rank
-    return owners
+        for key in job.keys:
+            one, other = root(first.setdefault(key, number)), root(number)
+            parent[max(one, other)] = min(one, other)
+    roots = [root(number) for number in range(len(jobs))]
+    sums = dict.fromkeys(roots, 0.0)
+    for job, own in zip(jobs, roots, strict=True):
+        sums[own] += job.cost
+    loads = [(0.0, rank) for rank in range(ranks)]
+    owner: dict[int, int] = {}
+    for own in sorted(sums, key=lambda own: (-sums[own], own)):
+        load, owner[own] = loads[0]
+        heapq.heapreplace(loads, (load + sums[own], owner[own]))
+    return [owner[own] for own in roots]
 
 
 def cost_of(shape: tuple[int, int, int]) -> float:
