@@ -36,7 +36,7 @@ examples: $(STAMP) ## every example, three minutes each at most, JOBS at a time
 
 bench: $(STAMP) ## the benchmarks behind the numbers in the README (minutes; installs the peers)
 	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -e '.[bench]'
-	@for f in products spectrum estimators mfac pruning rates optimizers influence influence_speed vocabulary compiled scaling; do echo "== $$f"; $(BIN)/python benchmarks/$$f.py || exit 1; done
+	@for f in products spectrum estimators mfac pruning rates optimizers influence influence_speed vocabulary compiled scaling depth; do echo "== $$f"; $(BIN)/python benchmarks/$$f.py || exit 1; done
 
 venv: $(STAMP) ## only the environment
 

@@ -28,7 +28,8 @@ from curvlib.core.block_stacks import (
     require_symmetric,
     solve_blocks,
 )
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.partition import Partition
 from curvlib.core.structured import on_columns
 

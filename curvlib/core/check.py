@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core.data import tensors
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 from curvlib.core.random import generator_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from curvlib.core.content_numbers import content_keys, mixed
 from curvlib.core.data import batch_count, tensors
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 
 if TYPE_CHECKING:
     from curvlib.core.risk import Risk

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from curvlib.core.arguments import finite_number
+from curvlib.core.digest import digest
 from curvlib.core.kronecker_blocks import KroneckerBlock, Part, checked, uncovered
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.ranks.group import together
 from curvlib.core.ranks.spread_blocks import SpreadBlock, constant_block
 from curvlib.core.space import ParamSpace

@@ -13,7 +13,7 @@ are accepted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from curvlib.core import algebra
 from curvlib.core.algebra import Index
+from curvlib.core.digest import digest
 from curvlib.core.exhausted import names_what_fits
 
 if TYPE_CHECKING:
@@ -438,16 +439,6 @@ def as_operator(matrix: LinearOperator | Tensor, *, spread: bool = False) -> Lin
         name="matrix",
         identity=lambda: digest([matrix]),
     )
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes, shapes and types of some tensors (16 hexadecimal digits)."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]
 
 
 def _operand(op: LinearOperator, other: Any, sign: str) -> Any:

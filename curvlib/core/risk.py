@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.core import forward as passes
+from curvlib.core.arguments import usable_device
 from curvlib.core.batch import Batch, misread_mean
 from curvlib.core.batches import NO_BATCH, Batches
 from curvlib.core.data import (
@@ -87,8 +88,8 @@ class Risk:
 
     Raises:
         TypeError: If an argument has the wrong type, or data can be iterated only once.
-        ValueError: If parameters or the reduction do not fit, or the group's backend cannot send
-            tensors of this device.
+        ValueError: If parameters, the reduction or the device do not fit, or the group's backend
+            cannot send tensors of this device.
         RuntimeError: If a group is required and there is none.
 
     Example:
@@ -133,7 +134,7 @@ class Risk:
         self.places = self.held.places  # of parameters that are sharded
         if self.loss.linear is not None:
             self.require_whole("a loss that owns the head of the model")
-        self.device = self.space.device if device is None else torch.device(device)
+        self.device = self.space.device if device is None else usable_device(device)
         self.stream = Batches(self, data)
         self.known_bits: tuple[Any, int] | None = None  # of the parameters, for other ranks
         self.noticed_copies = False  # whether shards were compared

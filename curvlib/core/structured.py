@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlib.core.arguments import finite_number
+from curvlib.core.digest import digest
 from curvlib.core.eigenvalues import (
     counted,
     finite_tensor,
@@ -21,7 +22,7 @@ from curvlib.core.eigenvalues import (
     require_regular,
     summed,
 )
-from curvlib.core.operator import LinearOperator, Matmat, digest
+from curvlib.core.operator import LinearOperator, Matmat
 from curvlib.core.ranks.spread import Spread
 
 

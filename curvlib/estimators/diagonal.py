@@ -366,7 +366,7 @@ _ESTIMATES = {"hutchinson": _hutchinson, "xdiag": _xdiag, "xnysdiag": _xnysdiag}
 
 def _problem(setup: Plan, groups: Blocks) -> str:
     """The operator and the blocks whose moments a state holds."""
-    from curvlib.core.operator import digest
+    from curvlib.core.digest import digest
 
     return setup.op.fingerprint() + "".join(
         f"|{name}:{digest([index])}" for name, index in groups.chosen.items()

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress, run
 from curvlib.estimators import function_state, stopping

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.result import Result
 from curvlib.core.run import Progress
 from curvlib.estimators.solve import solve

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.ranks.group import together
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress

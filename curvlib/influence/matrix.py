@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 from curvlib.core.result import Result
 from curvlib.core.run import Progress
 from curvlib.influence.arguments import numbers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 from curvlib.core.random import generator_of
 from curvlib.core.result import Result, axes_or_new, unframed
 from curvlib.core.run import Progress, run

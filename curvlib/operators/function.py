@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvlib.core.digest import digest
 from curvlib.core.normalization import PrimitiveNorms
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.operator import LinearOperator
 from curvlib.operators.columns import derivative, pieces
 
 

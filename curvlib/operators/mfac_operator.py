@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from curvlib.core.arguments import finite_number
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.space import ParamSpace
 from curvlib.core.structured import on_columns
 from curvlib.operators.windows import elements as window_elements

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 from curvlib.core.result import Result, axes_or_new
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run

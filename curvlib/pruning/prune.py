@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 from curvlib.core.risk import Risk
 from curvlib.core.run import Progress, run
 from curvlib.core.space import ParamSelection, ParamSpace

@@ -45,8 +45,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlib.core.digest import digest
 from curvlib.core.minibatch import minibatches, require_batch_size
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.operator import LinearOperator
 from curvlib.core.random import generator_of
 from curvlib.core.result import Result
 from curvlib.core.risk import Risk

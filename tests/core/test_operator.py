@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from curvlib.core.operator import LinearOperator, as_operator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator, as_operator
 from curvlib.core.space import ParamSpace
 
 F64 = torch.float64

@@ -30,6 +30,12 @@ def _batch(n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
 CE = nn.CrossEntropyLoss()
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used here .*leave device="):
+        cl.Risk(_model(), CE, _batch(), device=device)
+
+
 def test_arguments_of_the_wrong_type() -> None:
     x, y = _batch()
     with pytest.raises(TypeError, match=r"model= needs a torch.nn.Module, got function"):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from curvlib.optim import KFAC, MKOR
 from curvlib.optim.shell import CurvatureOptimizer
+from tests.distributed.checkpoints import written_or_read
 from tests.distributed.sharded_optim_work import (
     by_backward,
     by_closure,
@@ -381,15 +380,7 @@ def checkpointed(rank: int, size: int, folder: str, writes: bool) -> dict[str, T
         steps = data(rank, size)
         for batch in steps[:3] if writes else steps[1:4]:  # a state to be read into is needed
             by_closure(opt, model, batch)
-        state = {"model": model.state_dict(), "opt": opt.state_dict()}
-        with warnings.catch_warnings():  # that nothing is initialized, in one process
-            warnings.simplefilter("ignore")
-            if writes:
-                dcp.save(state, checkpoint_id=Path(folder) / name)
-            else:
-                dcp.load(state, checkpoint_id=Path(folder) / name)
-                model.load_state_dict(state["model"])
-                opt.load_state_dict(state["opt"])
+        written_or_read(model, opt, Path(folder) / name, writes=writes)
         for batch in steps[3:]:
             by_closure(opt, model, batch)
         found[name] = weights(model)

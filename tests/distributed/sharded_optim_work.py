@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +19,7 @@ import curvlib as cl
 from curvlib.core.ranks.places import reshard
 from curvlib.optim import MFAC, AdaHessian, NewtonCG, Sophia
 from curvlib.optim.shell import CurvatureOptimizer
+from tests.distributed.checkpoints import written_or_read
 from tests.distributed.sharded_work import (
     counted,
     cut_net,
@@ -306,15 +305,7 @@ def checkpointed(rank: int, size: int, folder: str, writes: bool) -> dict[str, T
         steps = data(rank, size)
         for batch in steps[:2] if writes else steps[1:3]:  # a state to be read into is needed
             by_closure(opt, model, batch)
-        state = {"model": model.state_dict(), "opt": opt.state_dict()}
-        with warnings.catch_warnings():  # that nothing is initialized, in one process
-            warnings.simplefilter("ignore")
-            if writes:
-                dcp.save(state, checkpoint_id=Path(folder) / name)
-            else:
-                dcp.load(state, checkpoint_id=Path(folder) / name)
-                model.load_state_dict(state["model"])
-                opt.load_state_dict(state["opt"])
+        written_or_read(model, opt, Path(folder) / name, writes=writes)
         for batch in steps[2:]:
             by_closure(opt, model, batch)
         found[name] = weights(model)

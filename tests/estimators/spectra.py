@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvlib.core.operator import LinearOperator, digest
+from curvlib.core.digest import digest
+from curvlib.core.operator import LinearOperator
 
 F64 = torch.float64
 

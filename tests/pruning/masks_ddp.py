@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from curvlib.core.operator import digest
+from curvlib.core.digest import digest
 from curvlib.pruning.masks import Masks, apply
 from curvlib.pruning.persistence import attach
 
