@@ -120,7 +120,7 @@ class Spread:
                 done += 1
 
     def digest(self, rows: Sequence[Tensor]) -> str:
-        """What :func:`curvlib.core.operator.digest` says of whole vectors, given rows of them.
+        """What :func:`curvlib.core.digest.digest` says of whole vectors, given rows of them.
 
         Args:
             rows: Blocks ``[length, K]``.
